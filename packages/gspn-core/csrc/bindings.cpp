@@ -1,0 +1,161 @@
+// pybind11 module gspn_core._C: pointers, sizes and strides in, kernels run, nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/kernels.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using gspn::Dtype;
+using gspn::Field;
+using gspn::Params;
+using gspn::cpu::Kernels;
+
+const Kernels* selected_kernels = nullptr;
+
+void select_isa(const std::string& name) {
+  for (int i = 0; i < gspn::cpu::kernel_count; ++i) {
+    const Kernels* kernels = gspn::cpu::kernel_table[i];
+    if (!kernels->supported() || (name != "auto" && name != kernels->isa)) continue;
+    selected_kernels = kernels;
+    return;
+  }
+  throw std::invalid_argument("isa must be auto or one of supported_isas(), got " + name);
+}
+
+std::vector<std::string> isas(bool only_supported) {
+  std::vector<std::string> names;
+  for (int i = 0; i < gspn::cpu::kernel_count; ++i)
+    if (!only_supported || gspn::cpu::kernel_table[i]->supported()) names.push_back(gspn::cpu::kernel_table[i]->isa);
+  return names;
+}
+
+// (data pointer, shape, strides in elements), or None.
+using TensorArg = std::optional<std::tuple<std::uintptr_t, std::vector<int64_t>, std::vector<int64_t>>>;
+
+// The dimensions a tensor has, of n d c k h w in this order.
+Field field(const TensorArg& tensor, const char* dimensions) {
+  Field f;
+  if (!tensor) return f;
+  const auto& [pointer, shape, strides] = *tensor;
+  f.data = reinterpret_cast<void*>(pointer);
+  for (std::size_t i = 0; dimensions[i] != '\0'; ++i) {
+    const int64_t stride = strides.at(i);
+    switch (dimensions[i]) {
+      case 'n': f.n = stride; break;
+      case 'd': f.d = stride; break;
+      case 'c': f.c = stride; f.channels = shape.at(i); break;
+      case 'k': f.k = stride; break;
+      case 'h': f.row = stride; break;
+      case 'w': f.col = stride; break;
+    }
+  }
+  return f;
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "float64") return Dtype::kFloat64;
+  if (name == "bfloat16") return Dtype::kBFloat16;
+  if (name == "float16") return Dtype::kFloat16;
+  throw std::invalid_argument("no kernel for dtype " + name);
+}
+
+struct Call {
+  std::string dtype;
+  bool stochastic;
+  std::vector<int> directions;
+  int64_t chunk, interval;
+  int threads;
+};
+
+Params make_params(const Call& call, const TensorArg& x, const TensorArg& weights, const TensorArg& lam,
+                   const TensorArg& u, std::uintptr_t checkpoints) {
+  Params p;
+  p.dtype = dtype_of(call.dtype);
+  p.stochastic = call.stochastic;
+  const auto& shape = std::get<1>(x.value());
+  p.N = shape.at(0), p.C = shape.at(1), p.H = shape.at(2), p.W = shape.at(3);
+  if (call.directions.empty() || call.directions.size() > gspn::kMaxDirections || call.interval < 1)
+    throw std::invalid_argument("one to four directions and a positive interval are needed");
+  p.D = int(call.directions.size());
+  for (int d = 0; d < p.D; ++d) p.directions[d] = static_cast<gspn::Direction>(call.directions[d]);
+  p.chunk = call.chunk, p.interval = call.interval, p.threads = call.threads;
+  const bool has_directions = std::get<1>(weights.value()).size() == 6;
+  const char* gate = has_directions ? "ndchw" : "nchw";
+  p.x = field(x, "nchw");
+  p.weights = field(weights, has_directions ? "ndckhw" : "nckhw");
+  p.lam = field(lam, gate);
+  p.u = field(u, gate);
+  p.checkpoints = reinterpret_cast<void*>(checkpoints);
+  return p;
+}
+
+bool is_empty(const Params& p) { return p.N == 0 || p.C == 0 || p.H == 0 || p.W == 0; }
+
+void forward(const Call& call, const TensorArg& x, const TensorArg& weights, const TensorArg& lam, const TensorArg& u,
+             const TensorArg& y, std::uintptr_t checkpoints) {
+  Params p = make_params(call, x, weights, lam, u, checkpoints);
+  p.y = field(y, "nchw");
+  if (is_empty(p)) return;
+  py::gil_scoped_release unlocked;
+  selected_kernels->forward(p);
+}
+
+void backward(const Call& call, const TensorArg& dy, const TensorArg& x, const TensorArg& weights,
+              const TensorArg& lam, const TensorArg& u, std::uintptr_t checkpoints, const TensorArg& dx,
+              const TensorArg& dweights, const TensorArg& dlam, const TensorArg& du) {
+  Params p = make_params(call, x, weights, lam, u, checkpoints);
+  const bool has_directions = std::get<1>(weights.value()).size() == 6;
+  const char* gate = has_directions ? "ndchw" : "nchw";
+  p.dy = field(dy, "nchw");
+  p.dx = field(dx, "nchw");
+  p.dweights = field(dweights, has_directions ? "ndckhw" : "nckhw");
+  p.dlam = field(dlam, gate);
+  p.du = field(du, gate);
+  if (is_empty(p)) return;
+  py::gil_scoped_release unlocked;
+  selected_kernels->backward(p);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = GSPN_COMPILER;
+  info["build_type"] = GSPN_BUILD_TYPE;
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  info["compiled_isas"] = isas(false);
+  info["supported_isas"] = isas(true);
+  info["isa"] = selected_kernels->isa;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Line-scan kernels of gspn_core; private, call gspn_core.propagate and gspn_core.line_scan.";
+  select_isa("auto");
+  py::class_<Call>(m, "Call").def(py::init([](std::string dtype, bool stochastic, std::vector<int> directions,
+                                              int64_t chunk, int64_t interval, int threads) {
+    return Call{std::move(dtype), stochastic, std::move(directions), chunk, interval, threads};
+  }));
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("build_info", &build_info);
+  m.def("select_isa", &select_isa, py::arg("isa"), "Use the kernels of this instruction set; 'auto' is the best one.");
+}

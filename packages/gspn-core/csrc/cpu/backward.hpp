@@ -1,0 +1,308 @@
+// Backward (design: "scan order; v is what flows backwards"): tiles from the last to the first, each recomputing
+// its lines of state from the checkpoint that entered it.
+#pragma once
+
+#include "scan.hpp"
+
+namespace {
+
+// How the channels of an image are split into tasks. Weights and gates shared by several channels collect sums over
+// them, so a task owns whole sharing groups where the batch alone gives enough tasks. Where it does not, groups are
+// cut into parts, whose partial sums are added in order afterwards. The split depends on the shape alone, so results
+// are the same for any number of threads.
+struct Split {
+  int64_t unit;         // channels after which all sharing groups end
+  int64_t part;         // channels of a task
+  int64_t parts;        // tasks per unit
+
+  static int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
+
+  explicit Split(const Params& p) {
+    constexpr int64_t kEnoughTasks = 16, kSmallestPart = 16;
+    unit = 1;
+    for (const Field* f : {&p.weights, &p.lam, &p.u}) {
+      if (!*f) continue;
+      const int64_t sharing = p.C / f->channels;
+      unit = unit / gcd(unit, sharing) * sharing;
+    }
+    const int64_t units = p.N * (p.C / unit);
+    const int64_t wanted = units >= kEnoughTasks ? 1 : (kEnoughTasks + units - 1) / units;
+    part = min64(unit, max64((unit + wanted - 1) / wanted, kSmallestPart));
+    parts = (unit + part - 1) / part;
+  }
+
+  // Whether channels that share one channel of f can fall into different parts.
+  bool cuts(const Params& p, const Field& f) const { return f && parts > 1 && part % (p.C / f.channels) != 0; }
+};
+
+// Partial sums of one field: (parts, N, D, channels, planes, H, W), zero where a part has no channel of a group.
+template <class A>
+struct Partial {
+  Scratch<A> data;
+  Field field;
+  int64_t part_stride = 0, count = 0;
+
+  Partial(const Params& p, const Split& split, const Field& f, const Field& gradient, int64_t planes) {
+    if (!gradient || !split.cuts(p, f)) return;
+    const int64_t plane = p.H * p.W, channels = f.channels;
+    part_stride = p.N * p.D * channels * planes * plane;
+    count = split.parts * part_stride;
+    data = Scratch<A>(count);
+    fill_zero(data.get(), count);
+    field = {data.get(), channels, p.D * channels * planes * plane, channels * planes * plane, planes * plane,
+             plane,      p.W,      1};
+  }
+  Field of_part(int64_t part) const {
+    Field f = field;
+    f.data = static_cast<A*>(field.data) + part * part_stride;
+    return f;
+  }
+  // Adds the later parts to the first, which makes it the whole sum.
+  void reduce(const Params& p) {
+    constexpr int64_t kBlock = 1 << 14;
+    run_tasks((part_stride + kBlock - 1) / kBlock, p.threads, [&](int64_t task) {
+      const int64_t begin = task * kBlock, size = min64(kBlock, part_stride - begin);
+      for (int64_t first = part_stride; first < count; first += part_stride)
+        scale_line<Write::kAdd, A>(data.get() + first + begin, nullptr, data.get() + begin, size);
+    });
+  }
+  explicit operator bool() const { return bool(field); }
+};
+
+// The sum over channels of one gate's gradient, for the tile at hand; stored when the next gate channel begins.
+template <class S, class A>
+class GateGradient {
+ public:
+  GateGradient(const Params& p, const Field& gate, const Field& gradient, const Field& partial, int64_t capacity)
+      : p_(p), gate_(gate), gradient_(gradient), partial_(partial), sums_(gradient ? capacity : 0) {}
+
+  void begin(const Scan& scan, int64_t n, int64_t d, int64_t c, int64_t i0, int64_t lines, int64_t pitch) {
+    if (!gradient_ || shared_channel(p_, gate_, c) == channel_) return;
+    flush();
+    scan_ = scan, n_ = n, d_ = d, i0_ = i0, lines_ = lines, pitch_ = pitch;
+    channel_ = shared_channel(p_, gate_, c);
+    fill_zero(sums_.get(), lines * pitch);
+  }
+  void add(int64_t t, const A* a, const A* b) {
+    if (gradient_) accumulate_product_line(a, b, sums_.get() + t * pitch_, scan_.length);
+  }
+  void flush() {
+    if (!gradient_ || channel_ < 0) return;
+    const Tile<A> tile{sums_.get(), pitch_};
+    if (partial_)
+      store_tile<Write::kStore>(tile, scan_plane<A>(partial_, scan_, n_, d_, channel_).from_line(i0_), lines_,
+                                scan_.length);
+    else
+      store_tile<Write::kStore>(tile, scan_plane<S>(gradient_, scan_, n_, d_, channel_).from_line(i0_), lines_,
+                                scan_.length);
+    channel_ = -1;
+  }
+
+ private:
+  const Params& p_;
+  const Field &gate_, &gradient_;
+  Field partial_;
+  Scratch<A> sums_;
+  Scan scan_{};
+  int64_t n_ = 0, d_ = 0, i0_ = 0, lines_ = 0, pitch_ = 0, channel_ = -1;
+};
+
+// The same for the weights: sums p and q of a weight group and their Jacobian, or, for given weights, the sums
+// over g h[j-1], g h[j], g h[j+1].
+template <class S, class A>
+class WeightGradient {
+ public:
+  WeightGradient(const Params& p, const Field& partial, int64_t capacity)
+      : p_(p), partial_(partial), capacity_(capacity), sums_(p.dweights ? 3 * capacity : 0) {}
+
+  void begin(const Scan& scan, int64_t n, int64_t d, int64_t group, int64_t i0, int64_t lines, int64_t pitch) {
+    scan_ = scan, n_ = n, d_ = d, group_ = group, i0_ = i0, lines_ = lines, pitch_ = pitch;
+    if (p_.dweights) fill_zero(sums_.get(), 3 * capacity_);
+  }
+  // h is the line that entered step i0 + t.
+  void add(int64_t t, const A* g, const A* h) {
+    if (!p_.dweights || starts_chunk(p_, i0_ + t)) return;
+    if (p_.stochastic) {
+      accumulate_differences_line(g, h, line(0, t), line(2, t), scan_.length);
+    } else {
+      for (int64_t k = 0; k < 3; ++k) accumulate_product_line(g, h + k - 1, line(k, t), scan_.length);
+    }
+  }
+  void flush(const WeightTile<S, A>& weights) {
+    if (!p_.dweights) return;
+    if (partial_) {
+      store<A>(partial_);
+      return;
+    }
+    if (p_.stochastic) apply_jacobian(weights);
+    store<S>(p_.dweights);
+  }
+  // Takes the tile's sums back from the partial ones, to be finished by flush.
+  void read_back(const Field& sums) {
+    for (int64_t k = 0; k < 3; k += 2)
+      load_tile(scan_plane<const A>(sums, scan_, n_, d_, group_, k).from_line(i0_), tile(k), lines_, scan_.length);
+  }
+
+ private:
+  Tile<A> tile(int64_t k) const { return {sums_.get() + k * capacity_, pitch_}; }
+  A* line(int64_t k, int64_t t) const { return tile(k).line(t); }
+
+  void apply_jacobian(const WeightTile<S, A>& weights) {
+    for (int64_t t = 0; t < lines_; ++t) {
+      const Weights<A> w = weights.line(t);
+      logit_gradients_line(weights.raw(0, t), weights.raw(1, t), weights.raw(2, t), w.a, w.c, line(0, t), line(1, t),
+                           line(2, t), scan_.length);
+    }
+  }
+  template <class T>
+  void store(const Field& f) {
+    for (int64_t k = 0; k < 3; ++k)
+      store_tile<Write::kStore>(tile(k), scan_plane<T>(f, scan_, n_, d_, group_, k).from_line(i0_), lines_,
+                                scan_.length);
+  }
+
+  const Params& p_;
+  Field partial_;
+  int64_t capacity_;
+  Scratch<A> sums_;
+  Scan scan_{};
+  int64_t n_ = 0, d_ = 0, group_ = 0, i0_ = 0, lines_ = 0, pitch_ = 0;
+};
+
+template <class A>
+struct Partials {
+  Partial<A> weights, lam, u;
+};
+
+template <class S, class A = Accumulator<S>>
+void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Field& weights_partial,
+                   const Field& lam_partial, const Field& u_partial) {
+  const int64_t length = max_length(p), pitch = tile_pitch(length), capacity = p.interval * pitch;
+  const int64_t row = state_pitch(length), total = gspn::checkpoint_offset(p, p.D), channels = c1 - c0;
+  const bool need_states = p.dweights || p.du;
+
+  WeightTile<S, A> weights(p, capacity);
+  GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
+  GateGradient<S, A> dlam(p, p.lam, p.dlam, lam_partial, capacity), du(p, p.u, p.du, u_partial, capacity);
+  WeightGradient<S, A> dweights(p, weights_partial, capacity);
+  SummedPlanes<S, A> dx(p, p.dx, n, c0, channels);
+  Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity);
+  Scratch<A> adjoints(p.interval * pitch);                         // g of every line of the tile
+  Scratch<A> flowing(channels * pitch);                            // v of every channel
+  Scratch<A> states(need_states ? (p.interval + 1) * row : 0);     // h of every line of the tile and the one before
+  const auto g_line = [&](int64_t t) { return adjoints.get() + t * pitch; };
+  const auto h_line = [&](int64_t t) { return states.get() + (t + 1) * row + kPad; };  // t = -1: what enters the tile
+
+  for (int d = 0; d < p.D; ++d) {
+    const Scan scan = gspn::make_scan(p, d);
+    fill_zero(flowing.get(), channels * pitch);
+    if (need_states) fill_zero(states.get(), (p.interval + 1) * row);
+    for (int64_t i0 = (scan.lines - 1) / p.interval * p.interval; i0 >= 0; i0 -= p.interval) {
+      const int64_t lines = min64(p.interval, scan.lines - i0), checkpoint = i0 / p.interval - 1;
+      int64_t group = -1;
+      for (int64_t c = c0; c < c1; ++c) {
+        if (shared_channel(p, p.weights, c) != group) {
+          if (group >= 0) dweights.flush(weights);
+          group = shared_channel(p, p.weights, c);
+          weights.load(scan, n, d, group, i0, lines, pitch);
+          dweights.begin(scan, n, d, group, i0, lines, pitch);
+        }
+        const Tile<const A> x = fetch<S, A>(scan_plane<const S>(p.x, scan, n, 0, c), i0, lines, scan.length,
+                                            Tile<A>{x_scratch.get(), pitch});
+        const Tile<const A> dy = fetch<S, A>(scan_plane<const S>(p.dy, scan, n, 0, c), i0, lines, scan.length,
+                                             Tile<A>{dy_scratch.get(), pitch});
+        lam.load(scan, n, d, c, i0, lines, pitch);
+        u.load(scan, n, d, c, i0, lines, pitch);
+        dlam.begin(scan, n, d, c, i0, lines, pitch);
+        du.begin(scan, n, d, c, i0, lines, pitch);
+        if (need_states) {
+          if (checkpoint >= 0 && checkpoint < gspn::checkpoint_lines(p, scan))
+            load_line(static_cast<const A*>(p.checkpoints) + (n * p.C + c) * total + gspn::checkpoint_offset(p, d) +
+                          checkpoint * scan.length,
+                      h_line(-1), scan.length);
+          for (int64_t t = 0; t < lines; ++t)
+            step(p, i0 + t, h_line(t - 1), weights.line(t), x.line(t), lam.line(t), h_line(t), scan.length);
+        }
+        A* const v = flowing.get() + (c - c0) * pitch;
+        for (int64_t t = lines - 1; t >= 0; --t) {
+          const A* const g = g_line(t);
+          adjoint_line(dy.line(t), u.line(t), v, g_line(t), scan.length);
+          dlam.add(t, g, x.line(t));
+          if (p.du) du.add(t, dy.line(t), h_line(t));
+          if (p.dweights) dweights.add(t, g, h_line(t - 1));
+          if (starts_chunk(p, i0 + t))
+            fill_zero(v, scan.length);
+          else
+            propagate_adjoint_line(g, weights.line(t), v, scan.length);
+        }
+        if (p.dx)
+          dx.add(scan, d, c, i0, lines, Tile<A>{dx_scratch.get(), pitch}, [&](int64_t t) {
+            return std::pair<const A*, const A*>(g_line(t), lam.line(t));
+          });
+      }
+      dweights.flush(weights);
+      dlam.flush();
+      du.flush();
+    }
+  }
+  dx.finish();
+}
+
+// Turns whole sums of a group over all channels into its gradients.
+template <class S, class A = Accumulator<S>>
+void finish_weights(const Params& p, const Field& sums) {
+  run_tasks(p.N * p.D * p.weights.channels, p.threads, [&](int64_t task) {
+    const int64_t group = task % p.weights.channels, d = task / p.weights.channels % p.D;
+    const int64_t n = task / (p.weights.channels * p.D);
+    const Scan scan = gspn::make_scan(p, int(d));
+    const int64_t pitch = tile_pitch(scan.length), capacity = p.interval * pitch;
+    WeightTile<S, A> weights(p, capacity);
+    WeightGradient<S, A> dweights(p, Field{}, capacity);
+    for (int64_t i0 = 0; i0 < scan.lines; i0 += p.interval) {
+      const int64_t lines = min64(p.interval, scan.lines - i0);
+      weights.load(scan, n, d, group, i0, lines, pitch);
+      dweights.begin(scan, n, d, group, i0, lines, pitch);
+      dweights.read_back(sums);
+      dweights.flush(weights);
+    }
+  });
+}
+
+template <class S, class A = Accumulator<S>>
+void finish_gate(const Params& p, const Field& sums, const Field& gradient) {
+  const Scan rows{false, false, p.H, p.W};
+  run_tasks(p.N * p.D * sums.channels, p.threads, [&](int64_t task) {
+    const int64_t c = task % sums.channels, d = task / sums.channels % p.D, n = task / (sums.channels * p.D);
+    const Plane<A> from = scan_plane<A>(sums, rows, n, d, c);
+    store_tile<Write::kStore>(Tile<A>{from.data, from.line}, scan_plane<S>(gradient, rows, n, d, c), p.H, p.W);
+  });
+}
+
+template <class S>
+void backward_all(const Params& p) {
+  using A = Accumulator<S>;
+  const Split split(p);
+  Partial<A> weights(p, split, p.weights, p.dweights, 3), lam(p, split, p.lam, p.dlam, 1),
+      u(p, split, p.u, p.du, 1);
+  const int64_t units = p.C / split.unit;
+  run_tasks(p.N * units * split.parts, p.threads, [&](int64_t task) {
+    const int64_t part = task % split.parts, unit = task / split.parts % units, n = task / (split.parts * units);
+    const int64_t c0 = unit * split.unit + part * split.part;
+    backward_task<S>(p, n, c0, min64(c0 + split.part, (unit + 1) * split.unit), weights.of_part(part),
+                     lam.of_part(part), u.of_part(part));
+  });
+  if (weights) {
+    weights.reduce(p);
+    finish_weights<S>(p, weights.field);
+  }
+  if (lam) {
+    lam.reduce(p);
+    finish_gate<S>(p, lam.field, p.dlam);
+  }
+  if (u) {
+    u.reduce(p);
+    finish_gate<S>(p, u.field, p.du);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,85 @@
+// Forward: y = sum_d u_d h_d. A task owns a block of channels of one image and one weight group, and all directions
+// of it, so that every output is written by one thread, in a fixed order.
+#pragma once
+
+#include "scan.hpp"
+
+namespace {
+
+// Channels of a task. They share the normalised weights of a tile, so more are better, as long as their planes
+// stay in the second-level cache and every thread gets work. No result depends on the choice.
+inline int64_t forward_block(const Params& p, int64_t element_size) {
+  constexpr int64_t kCacheBytes = 512 * 1024, kFewest = 8;
+  const int64_t group = p.C / p.weights.channels;
+  const int64_t fitting = kCacheBytes / max64(1, 2 * p.H * p.W * element_size);
+  const int64_t cached = min64(group, max64(fitting, kFewest));
+  const int64_t parallel = max64(1, p.N * p.C / p.threads);
+  return max64(1, min64(cached, parallel));
+}
+
+constexpr int64_t kPrefetchBytes = 64 * 1024;  // planes smaller than this stay in the cache between their tiles
+
+template <class S>
+void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
+  using A = Accumulator<S>;
+  const int64_t length = max_length(p), pitch = tile_pitch(length), capacity = p.interval * pitch;
+  const int64_t channels = c1 - c0, group = shared_channel(p, p.weights, c0);
+  const int64_t row = state_pitch(length), total = gspn::checkpoint_offset(p, p.D);
+
+  WeightTile<S, A> weights(p, capacity);
+  GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
+  Scratch<A> x_scratch(capacity), out_scratch(capacity), state(channels * 2 * row);
+  SummedPlanes<S, A> y(p, p.y, n, c0, channels);
+  Prefetcher prefetcher(p.H * p.W * int64_t(sizeof(S)) >= kPrefetchBytes);
+
+  for (int d = 0; d < p.D; ++d) {
+    const Scan scan = gspn::make_scan(p, d);
+    fill_zero(state.get(), channels * 2 * row);
+    for (int64_t i0 = 0; i0 < scan.lines; i0 += p.interval) {
+      const int64_t lines = min64(p.interval, scan.lines - i0);
+      weights.load(scan, n, d, group, i0, lines, pitch);
+      for (int64_t c = c0; c < c1; ++c) {
+        const Tile<const A> x = fetch<S, A>(scan_plane<const S>(p.x, scan, n, 0, c), i0, lines, scan.length,
+                                            Tile<A>{x_scratch.get(), pitch});
+        lam.load(scan, n, d, c, i0, lines, pitch);
+        u.load(scan, n, d, c, i0, lines, pitch);
+        prefetcher.begin(scan, i0, p.interval);
+        prefetcher.add(scan_plane<const S>(p.x, scan, n, 0, c), scan);
+        prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c), scan);
+        for (int64_t k = 0; k < 3 && c == c0; ++k) prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k), scan);
+        if (p.lam) prefetcher.add(scan_plane<const S>(p.lam, scan, n, d, shared_channel(p, p.lam, c)), scan);
+        if (p.u) prefetcher.add(scan_plane<const S>(p.u, scan, n, d, shared_channel(p, p.u, c)), scan);
+        A* const states = state.get() + (c - c0) * 2 * row + kPad;  // the last two lines, by parity
+        const auto state_line = [&](int64_t i) { return states + (i & 1) * row; };
+        y.add(scan, d, c, i0, lines, Tile<A>{out_scratch.get(), pitch}, [&](int64_t t) {
+          const int64_t i = i0 + t;
+          prefetcher.run(t);
+          step(p, i, state_line(i + 1), weights.line(t), x.line(t), lam.line(t), state_line(i), scan.length);
+          return std::pair<const A*, const A*>(state_line(i), u.line(t));
+        });
+        const int64_t checkpoint = i0 / p.interval;  // the state that enters the next tile
+        if (p.checkpoints != nullptr && checkpoint < gspn::checkpoint_lines(p, scan)) {
+          A* out = static_cast<A*>(p.checkpoints) + (n * p.C + c) * total + gspn::checkpoint_offset(p, d) +
+                   checkpoint * scan.length;
+          load_line(state_line(i0 + lines - 1), out, scan.length);
+        }
+      }
+    }
+  }
+  y.finish();
+}
+
+template <class S>
+void forward_all(const Params& p) {
+  const int64_t group = p.C / p.weights.channels, block = forward_block(p, sizeof(Accumulator<S>));
+  const int64_t blocks_per_group = (group + block - 1) / block;
+  const int64_t tasks = p.N * p.weights.channels * blocks_per_group;
+  run_tasks(tasks, p.threads, [&](int64_t task) {
+    const int64_t b = task % blocks_per_group, g = task / blocks_per_group % p.weights.channels;
+    const int64_t n = task / (blocks_per_group * p.weights.channels);
+    const int64_t c0 = g * group + b * block, c1 = min64(c0 + block, (g + 1) * group);
+    forward_task<S>(p, n, c0, c1);
+  });
+}
+
+}  // namespace

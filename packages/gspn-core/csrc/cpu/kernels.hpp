@@ -1,0 +1,19 @@
+// The CPU kernels, compiled once per instruction set and chosen at run time.
+#pragma once
+
+#include "gspn/params.hpp"
+
+namespace gspn::cpu {
+
+struct Kernels {
+  const char* isa;
+  bool (*supported)();
+  void (*forward)(const Params&);
+  void (*backward)(const Params&);
+};
+
+// Best first; the last one runs on every machine this was built for.
+extern const Kernels* const kernel_table[];
+extern const int kernel_count;
+
+}  // namespace gspn::cpu

@@ -1,0 +1,149 @@
+// Eight lanes of the accumulation type, loaded from and stored to every storage type, and their transpose.
+// Written with the vector extensions of GCC and Clang, which lower to SSE, AVX2, AVX-512 or NEON alike.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Left to itself GCC makes calls of these, with the vectors passed through memory.
+#define GSPN_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+enum class Write { kStore, kAdd };
+
+constexpr int kLanes = 8;
+typedef float Float8 __attribute__((vector_size(32)));
+typedef double Double8 __attribute__((vector_size(64)));
+typedef uint32_t UInt8x32 __attribute__((vector_size(32)));
+typedef uint16_t UInt8x16 __attribute__((vector_size(16)));
+
+template <class A>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  using type = Float8;
+};
+template <>
+struct LanesOf<double> {
+  using type = Double8;
+};
+template <class A>
+using Lanes = typename LanesOf<A>::type;
+
+// The state and all sums are kept in float32, and in float64 for float64.
+template <class S>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class S>
+using Accumulator = typename AccumulatorOf<S>::type;
+
+template <class To, class From>
+GSPN_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between types of one size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+GSPN_INLINE Float8 load8(const float* p) {
+  Float8 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+GSPN_INLINE Double8 load8(const double* p) {
+  Double8 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+GSPN_INLINE UInt8x32 load_bits8(const void* p) {
+  UInt8x16 v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, UInt8x32);
+}
+GSPN_INLINE Float8 load8(const BFloat16* p) { return bit_cast<Float8>(load_bits8(p) << 16); }
+GSPN_INLINE Float8 load8(const Float16* p) {
+  const UInt8x32 h = load_bits8(p), magnitude = h & 0x7fffu;
+  // Shifted into place, a half is its value times 2^-112, denormals included.
+  const Float8 value = bit_cast<Float8>(magnitude << 13) * 0x1p112f;
+  const UInt8x32 infinite = (magnitude >= 0x7c00u) & 0x7f800000u;
+  return bit_cast<Float8>(bit_cast<UInt8x32>(value) | infinite | ((h & 0x8000u) << 16));
+}
+
+GSPN_INLINE void store8(float* p, Float8 v) { std::memcpy(p, &v, sizeof(v)); }
+GSPN_INLINE void store8(double* p, Double8 v) { std::memcpy(p, &v, sizeof(v)); }
+GSPN_INLINE void store_bits8(void* p, UInt8x32 v) {
+  const UInt8x16 narrow = __builtin_convertvector(v, UInt8x16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+GSPN_INLINE UInt8x32 select(UInt8x32 mask, UInt8x32 a, UInt8x32 b) { return (mask & a) | (~mask & b); }
+GSPN_INLINE void store8(BFloat16* p, Float8 v) {
+  const UInt8x32 bits = bit_cast<UInt8x32>(v);
+  const UInt8x32 nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto nan = bit_cast<UInt8x32>((bits & 0x7fffffffu) > 0x7f800000u);
+  store_bits8(p, select(nan, (bits >> 16) | 0x40u, nearest_even));
+}
+GSPN_INLINE void store8(Float16* p, Float8 v) {
+  const UInt8x32 bits = bit_cast<UInt8x32>(v), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  // Normal numbers: rebias the exponent and round to nearest even; a carry past 65504 gives infinity.
+  const UInt8x32 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 0.5 aligns the half's denormal bits with the float's last bits and rounds them.
+  const UInt8x32 denormal = bit_cast<UInt8x32>(bit_cast<Float8>(magnitude) + 0.5f) - 0x3f000000u;
+  const auto is_denormal = bit_cast<UInt8x32>(magnitude < 0x38800000u);
+  const auto is_large = bit_cast<UInt8x32>(magnitude >= 0x47800000u);
+  const auto is_nan = bit_cast<UInt8x32>(magnitude > 0x7f800000u);
+  const UInt8x32 large = (is_nan & 0x0200u) | 0x7c00u;
+  store_bits8(p, select(is_large, large, select(is_denormal, denormal, normal)) | (sign >> 16));
+}
+
+// The scalar forms go through the same code, so that a tail rounds as the body does.
+template <class S>
+GSPN_INLINE Accumulator<S> load1(const S* p) {
+  S padded[kLanes] = {*p};
+  return load8(padded)[0];
+}
+template <class S>
+GSPN_INLINE void store1(S* p, Accumulator<S> value) {
+  S padded[kLanes];
+  Lanes<Accumulator<S>> v = {value};
+  store8(padded, v);
+  *p = padded[0];
+}
+GSPN_INLINE float load1(const float* p) { return *p; }
+GSPN_INLINE double load1(const double* p) { return *p; }
+GSPN_INLINE void store1(float* p, float value) { *p = value; }
+GSPN_INLINE void store1(double* p, double value) { *p = value; }
+
+// Transposes an 8 x 8 block held in eight vectors, in three rounds of pairwise interleaving.
+template <class V>
+GSPN_INLINE void transpose8(V (&v)[kLanes]) {
+  V t[kLanes], s[kLanes];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[2 * i + 1] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    s[4 * i] = __builtin_shufflevector(t[4 * i], t[4 * i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    s[4 * i + 1] = __builtin_shufflevector(t[4 * i], t[4 * i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    s[4 * i + 2] = __builtin_shufflevector(t[4 * i + 1], t[4 * i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    s[4 * i + 3] = __builtin_shufflevector(t[4 * i + 1], t[4 * i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = __builtin_shufflevector(s[i], s[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = __builtin_shufflevector(s[i], s[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+}  // namespace

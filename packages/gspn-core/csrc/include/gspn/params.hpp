@@ -1,0 +1,74 @@
+// What one call of the line scan is given: sizes, strided fields, options. Knows neither torch nor Python.
+#pragma once
+
+#include <cstdint>
+
+namespace gspn {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Numbered as in gspn_core.DIRECTIONS.
+enum class Direction { kLeftToRight, kRightToLeft, kTopToBottom, kBottomToTop };
+
+// A strided tensor of image planes. Strides are in elements, not bytes; a dimension the tensor lacks has stride 0.
+struct Field {
+  void* data = nullptr;
+  int64_t channels = 0;  // x: C, weights: G, lam and u: C'; 0 when the field is absent
+  int64_t n = 0, d = 0, c = 0, k = 0, row = 0, col = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+constexpr int kMaxDirections = 4;
+
+struct Params {
+  Dtype dtype = Dtype::kFloat32;
+  bool stochastic = false;  // weights are logits, normalised by the kernel (propagate); else used as given (line_scan)
+  int64_t N = 0, C = 0, H = 0, W = 0;
+  int D = 0;
+  Direction directions[kMaxDirections] = {};
+  int64_t chunk = 0;     // lines per independent chunk; 0: the whole image
+  int64_t interval = 0;  // lines between two checkpoints of the state, and lines per tile
+  int threads = 1;
+
+  Field x, weights, lam, u;  // inputs; lam and u may be absent
+  Field y;                   // forward: output
+  void* checkpoints = nullptr;  // (N, C, checkpoint_size) in the accumulation type; null: neither written nor read
+
+  Field dy;                       // backward: input
+  Field dx, dweights, dlam, du;   // backward: outputs; an absent one is not computed
+};
+
+// The functions below are static: each instruction set's kernels must keep their own copy.
+
+// A direction over an H x W plane: `lines` steps over lines of `length` positions.
+struct Scan {
+  bool horizontal, reversed;
+  int64_t lines, length;
+};
+
+static inline Scan make_scan(const Params& p, int d) {
+  const Direction direction = p.directions[d];
+  const bool horizontal = direction == Direction::kLeftToRight || direction == Direction::kRightToLeft;
+  const bool reversed = direction == Direction::kRightToLeft || direction == Direction::kBottomToTop;
+  return {horizontal, reversed, horizontal ? p.W : p.H, horizontal ? p.H : p.W};
+}
+
+// A checkpoint is the state that enters line interval, 2 * interval, ...; none is needed where every one of
+// these lines starts a chunk and so enters with zero.
+static inline int64_t checkpoint_lines(const Params& p, const Scan& scan) {
+  if (scan.lines == 0 || (p.chunk > 0 && p.interval % p.chunk == 0)) return 0;
+  return (scan.lines - 1) / p.interval;
+}
+
+// Elements before direction d in one (n, c) row of the checkpoints; d = D gives the whole row.
+static inline int64_t checkpoint_offset(const Params& p, int d) {
+  int64_t offset = 0;
+  for (int e = 0; e < d; ++e) {
+    const Scan scan = make_scan(p, e);
+    offset += checkpoint_lines(p, scan) * scan.length;
+  }
+  return offset;
+}
+
+}  // namespace gspn

@@ -1,0 +1,17 @@
+"""The line-scan operator of Generalized Spatial Propagation Networks for PyTorch."""
+
+from . import reference
+from ._info import __version__, info
+from .module import SpatialPropagation
+from .ops import DIRECTIONS, line_scan, propagate, row_stochastic
+
+__all__ = [
+    "DIRECTIONS",
+    "SpatialPropagation",
+    "__version__",
+    "info",
+    "line_scan",
+    "propagate",
+    "reference",
+    "row_stochastic",
+]

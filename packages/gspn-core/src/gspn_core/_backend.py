@@ -1,0 +1,116 @@
+"""Which kernels serve a device: finds the extension once and hands it pointers, sizes and strides."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# Lines between two checkpoints of the scan's state, and lines in a tile of the kernels.
+CHECKPOINT_INTERVAL = 16
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+@cache
+def extension() -> ModuleType | ImportError:
+    """Return the compiled module, or the error that kept it from loading."""
+    try:
+        module = importlib.import_module("gspn_core._C")
+    except ImportError as error:
+        return error
+    isa = os.environ.get("GSPN_CPU_ISA")
+    if isa:
+        module.select_isa(isa)
+    return module
+
+
+@cache
+def _warn_once(device_type: str) -> None:
+    module = extension()
+    if device_type == "cpu":
+        how = f"its compiled module did not load ({module}); reinstall with `pip install --force-reinstall gspn-core`"
+    else:
+        how = f"this build has kernels for cpu only; move the tensors to the CPU, or see `gspn-core info` ({device_type})"
+    warnings.warn(f"gspn_core runs its slow PyTorch reference on {device_type}: {how}", RuntimeWarning, stacklevel=6)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Tell whether compiled kernels serve this device; where they do not, warn once that the reference does."""
+    if device.type == "cpu" and isinstance(extension(), ModuleType):
+        return True
+    _warn_once(device.type)
+    return False
+
+
+def checkpoint_size(height: int, width: int, directions: Sequence[int], chunk_size: int | None) -> int:
+    """Elements of state kept per image and channel: one line in every `CHECKPOINT_INTERVAL`, for each direction."""
+    if chunk_size is not None and CHECKPOINT_INTERVAL % chunk_size == 0:
+        return 0  # every checkpointed line would start a chunk, where the state is zero
+    size = 0
+    for direction in directions:
+        lines, length = (width, height) if direction < 2 else (height, width)
+        size += (lines - 1) // CHECKPOINT_INTERVAL * length if lines > 0 else 0
+    return size
+
+
+_TensorArg = tuple[int, Sequence[int], Sequence[int]]
+
+
+def _arg(t: Tensor | None) -> _TensorArg | None:
+    return None if t is None else (t.data_ptr(), t.shape, t.stride())
+
+
+class Kernels:
+    """The compiled kernels on one call's options. Arguments are checked by the caller."""
+
+    __slots__ = ("_call", "_module")
+
+    def __init__(self, dtype: torch.dtype, stochastic: bool, directions: Sequence[int], chunk_size: int | None) -> None:
+        module = extension()
+        assert isinstance(module, ModuleType)
+        self._module = module
+        threads = torch.get_num_threads()
+        self._call = module.Call(
+            _DTYPE_NAMES[dtype], stochastic, directions, chunk_size or 0, CHECKPOINT_INTERVAL, threads
+        )
+
+    def forward(
+        self, x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, y: Tensor, checkpoints: Tensor | None
+    ) -> None:
+        """Fill y, and the checkpoints where they are wanted."""
+        pointer = 0 if checkpoints is None else checkpoints.data_ptr()
+        self._module.forward(self._call, _arg(x), _arg(weights), _arg(lam), _arg(u), _arg(y), pointer)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        lam: Tensor | None,
+        u: Tensor | None,
+        checkpoints: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Fill those of the gradients of x, weights, lam and u that are given."""
+        self._module.backward(
+            self._call,
+            _arg(dy),
+            _arg(x),
+            _arg(weights),
+            _arg(lam),
+            _arg(u),
+            checkpoints.data_ptr(),
+            *(_arg(gradient) for gradient in gradients),
+        )

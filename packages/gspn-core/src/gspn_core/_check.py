@@ -1,0 +1,140 @@
+"""Validation of the operator's arguments, once for every backend: shapes, dtypes, devices, options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import DIRECTIONS
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def direction_index(direction: str, argument: str = "direction") -> int:
+    """Return the number by which the operators call a direction."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"{argument} must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    return DIRECTIONS.index(direction)
+
+
+def direction_indices(directions: Sequence[str]) -> list[int]:
+    """Return the numbers of the directions."""
+    if isinstance(directions, str):
+        raise TypeError(f"directions must be a sequence of direction names, got the string {directions!r}")
+    return [direction_index(direction, "directions") for direction in directions]
+
+
+def distinct_directions(directions: Sequence[str]) -> list[int]:
+    """Return the numbers of one to four different directions, or raise ValueError."""
+    indices = direction_indices(directions)
+    _check_distinct(indices)
+    return indices
+
+
+def _check_distinct(directions: Sequence[int]) -> None:
+    count = len(directions)
+    if not 1 <= count <= 4 or len(set(directions)) != count or not all(0 <= d < 4 for d in directions):
+        names = [DIRECTIONS[d] if 0 <= d < 4 else d for d in directions]
+        raise ValueError(f"directions must be one to four different ones of {DIRECTIONS}, got {names}")
+
+
+def check_propagate(
+    x: Tensor, logits: Tensor, lam: Tensor | None, u: Tensor | None, directions: Sequence[int], chunk_size: int | None
+) -> None:
+    """Raise ValueError or TypeError unless these are arguments of `propagate` (directions as numbers)."""
+    _check_distinct(directions)
+    count = len(directions)
+    _check_image(x)
+    _check_chunk_size(chunk_size)
+    n, c, h, w = x.shape
+    _check_like(x, logits, "logits", 6, "(N, D, G, 3, H, W)", (n, count, None, 3, h, w))
+    _check_groups("logits", "G", logits.shape[2], c)
+    for gate, name in ((lam, "lam"), (u, "u")):
+        if gate is not None:
+            _check_like(x, gate, name, 5, "(N, D, C', H, W)", (n, count, None, h, w))
+            _check_groups(name, "C'", gate.shape[2], c)
+
+
+def check_line_scan(x: Tensor, weights: Tensor, lam: Tensor | None, direction: int, chunk_size: int | None) -> None:
+    """Raise ValueError or TypeError unless these are arguments of `line_scan` (the direction as a number)."""
+    if not 0 <= direction < 4:
+        raise ValueError(f"direction must be 0 to 3, the place of one of {DIRECTIONS}, got {direction}")
+    _check_image(x)
+    _check_chunk_size(chunk_size)
+    n, c, h, w = x.shape
+    _check_like(x, weights, "weights", 5, "(N, G, 3, H, W)", (n, None, 3, h, w))
+    _check_groups("weights", "G", weights.shape[1], c)
+    if lam is not None:
+        _check_like(x, lam, "lam", 4, "(N, C', H, W)", (n, None, h, w))
+        _check_groups("lam", "C'", lam.shape[1], c)
+
+
+def check_logits(logits: Tensor, directions: Sequence[int]) -> None:
+    """Raise ValueError or TypeError unless logits is (N, D, G, 3, H, W) with one entry per direction."""
+    _check_floating(logits, "logits")
+    shape = tuple(logits.shape)
+    if len(shape) != 6 or shape[1] != len(directions) or shape[3] != 3:
+        expected = f"(N, D, G, 3, H, W) with D = {len(directions)} directions"
+        raise ValueError(f"logits must have shape {expected}, got {shape}")
+
+
+def check_gradient(dy: Tensor, x: Tensor, name: str) -> None:
+    """Raise ValueError or TypeError unless the output's gradient matches x."""
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
+        raise ValueError(
+            f"{name} must have the shape, dtype and device of x, {tuple(x.shape)} {x.dtype} on {x.device}, "
+            f"got {tuple(dy.shape)} {dy.dtype} on {dy.device}"
+        )
+
+
+def check_checkpoints(checkpoints: Tensor, x: Tensor, size: int) -> None:
+    """Raise ValueError unless these are the checkpoints a forward of x returns with save_checkpoints=True."""
+    expected = (x.shape[0], x.shape[1], size)
+    if tuple(checkpoints.shape) != expected or not checkpoints.is_contiguous():
+        raise ValueError(
+            f"checkpoints must be contiguous of shape {expected}, as the forward returns them with "
+            f"save_checkpoints=True, got {tuple(checkpoints.shape)}"
+        )
+
+
+def _check_floating(t: Tensor, name: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+
+
+def _check_image(x: Tensor) -> None:
+    _check_floating(x, "x")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size}")
+
+
+def _check_like(x: Tensor, t: Tensor, name: str, rank: int, legend: str, shape: tuple[int | None, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+    got = t.shape
+    if len(got) == rank:
+        for size, expected in zip(got, shape, strict=True):
+            if expected is not None and size != expected:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} must have shape {legend} = ({wanted}), got {tuple(got)}")
+
+
+def _check_groups(name: str, letter: str, groups: int, channels: int) -> None:
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"{name} must have {letter} dividing the {channels} channels of x, got {letter} = {groups}")

@@ -1,0 +1,42 @@
+"""What is installed: versions, backends, instruction sets, threads."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import _backend
+
+try:
+    __version__ = version("gspn-core")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "unknown"
+
+
+def info() -> dict[str, Any]:
+    """Return versions, backends, architectures and threads as a dictionary that JSON can hold.
+
+    Keys: `gspn_core`, `torch`, `python`, `platform` (strings); `cpu` with `compiled`, and, where it is true,
+    `compiler`, `build_type`, `openmp` (the version's date, or None), `compiled_isas`, `supported_isas`, `isa` (the one
+    in use), or else `error`; `cuda` with `compiled` and `architectures`; `threads`, those of torch, which the kernels
+    use; `checkpoint_interval`, lines between saved states.
+    """
+    module = _backend.extension()
+    if isinstance(module, ModuleType):
+        cpu = {"compiled": True, **module.build_info()}
+    else:
+        cpu = {"compiled": False, "error": str(module)}
+    return {
+        "gspn_core": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cuda": {"compiled": False, "architectures": []},
+        "threads": torch.get_num_threads(),
+        "checkpoint_interval": _backend.CHECKPOINT_INTERVAL,
+    }

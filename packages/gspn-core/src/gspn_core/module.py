@@ -1,0 +1,143 @@
+"""The mixer module: makes weights and gates from its input, propagates in all directions, and merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _check, _library  # noqa: F401  (registers torch.ops.gspn)
+from .reference import DIRECTIONS
+
+# Initial input gate. A scan adds up what it passes: over L lines noise grows like L^(1/4), but the mean of a smooth
+# image like L. At this value the four-direction mean of 512 lines multiplies a constant image by 4 and damps white
+# noise, so that a branch of a pre-norm residual network neither drowns its input nor is lost (see test_module.py).
+_INITIAL_LAM = 1 / 64
+
+
+class SpatialPropagation(nn.Module):
+    r"""Mix an image's pixels by line scans with weights and gates made from the image itself.
+
+        v          = value(x)                                  1x1 convolution to P channels, or x itself
+        l, lam, u  = gates(bottleneck(x))                      1x1 convolutions
+        y          = sum over d of m_d u_d * scan_d(l_d, lam_d * v)      (see `gspn_core.propagate`)
+        out        = lift(y)                                   1x1 convolution back to C channels, or y itself
+
+    The learned merge m has one entry per direction and is folded into u. Any H and W, non-square included; no
+    positional embedding is needed.
+
+        GSPN-1    SpatialPropagation(C, gate_rank=8, weight_groups=C)        weights of its own for every channel
+        GSPN-2    SpatialPropagation(C, proxy_channels=2)                    weights shared in a proxy space
+        local     SpatialPropagation(C, ..., chunk_size=2)                   independent chunks of two lines
+
+    Args:
+        channels: C of the input and output.
+        proxy_channels: P, channels that are propagated, projected from and lifted back to C by 1x1 convolutions.
+            None propagates the C channels themselves, without projections.
+        gate_rank: channels of the bottleneck between the input and the gates. None makes them from the input at once.
+        weight_groups: G, dividing P; each group of P/G consecutive channels shares its weights.
+        directions: names out of `DIRECTIONS`.
+        chunk_size: lines per independent chunk; None scans the whole image.
+        bias: whether the 1x1 convolutions of value, bottleneck and lift have a bias. The gates always have one.
+
+    Shapes: (N, C, H, W) to (N, C, H, W), in the dtype of the parameters: float32, float64, bfloat16 or float16.
+
+    Raises:
+        ValueError: a count is below 1, G does not divide P, a direction is unknown or repeated, or chunk_size < 1.
+
+    Sources: GSPN, arXiv 2501.12381, section 3 and appendix; GSPN-2, arXiv 2512.07884, section 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        proxy_channels: int | None = None,
+        gate_rank: int | None = None,
+        weight_groups: int = 1,
+        directions: Sequence[str] = DIRECTIONS,
+        chunk_size: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "channels": channels,
+            "proxy_channels": proxy_channels,
+            "gate_rank": gate_rank,
+            "weight_groups": weight_groups,
+            "chunk_size": chunk_size,
+        }
+        for name, count in counts.items():
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        propagated = proxy_channels or channels
+        if propagated % weight_groups != 0:
+            raise ValueError(f"weight_groups must divide the {propagated} propagated channels, got {weight_groups}")
+        self.directions: list[int] = _check.distinct_directions(directions)
+        self.channels = channels
+        self.proxy_channels = proxy_channels
+        self.gate_rank = gate_rank
+        self.weight_groups = weight_groups
+        self.chunk_size = chunk_size
+        self.propagated_channels = propagated
+
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        count = len(self.directions)
+        self._splits = [count * weight_groups * 3, count * propagated, count * propagated]
+        self.value: nn.Module = nn.Identity()
+        self.lift: nn.Module = nn.Identity()
+        self.bottleneck: nn.Module = nn.Identity()
+        if proxy_channels is not None:
+            self.value = nn.Conv2d(channels, proxy_channels, 1, bias=bias, **kwargs)
+            self.lift = nn.Conv2d(proxy_channels, channels, 1, bias=bias, **kwargs)
+        if gate_rank is not None:
+            self.bottleneck = nn.Conv2d(channels, gate_rank, 1, bias=bias, **kwargs)
+        self.gates = nn.Conv2d(gate_rank or channels, sum(self._splits), 1, **kwargs)
+        self.merge = nn.Parameter(torch.empty(count, **kwargs))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise: projections keep the variance, gates start constant up to a tenth, directions are averaged."""
+        for layer in (self.value, self.lift, self.bottleneck, self.gates):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=layer.in_channels**-0.5)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        assert self.gates.bias is not None
+        _, lam_weight, u_weight = self.gates.weight.split(self._splits)
+        _, lam_bias, u_bias = self.gates.bias.split(self._splits)
+        lam_weight.mul_(0.1 * _INITIAL_LAM)
+        lam_bias.fill_(_INITIAL_LAM)
+        u_weight.mul_(0.1)
+        u_bias.fill_(1.0)
+        nn.init.constant_(self.merge, 1 / len(self.directions))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what is propagated and how: v (N, P, H, W), logits (N, D, G, 3, H, W), lam and u (N, D, P, H, W)."""
+        count = len(self.directions)
+        logits, lam, u = self.gates(self.bottleneck(x)).split(self._splits, dim=1)
+        logits = logits.unflatten(1, (count, self.weight_groups, 3))
+        lam = lam.unflatten(1, (count, self.propagated_channels))
+        u = u.unflatten(1, (count, self.propagated_channels)) * self.merge.to(u.dtype).view(-1, 1, 1, 1)
+        return self.value(x), logits, lam, u
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        v, logits, lam, u = self.project(x)
+        y = torch.ops.gspn.propagate(v, logits, lam, u, self.directions, self.chunk_size)[0]
+        return self.lift(y)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """List the options that differ from their defaults."""
+        parts = [f"{self.channels}"]
+        for name, default in (("proxy_channels", None), ("gate_rank", None), ("weight_groups", 1), ("chunk_size", None)):
+            value = getattr(self, name)
+            if value != default:
+                parts.append(f"{name}={value}")
+        if self.directions != [0, 1, 2, 3]:
+            parts.append(f"directions={tuple(DIRECTIONS[d] for d in self.directions)}")
+        return ", ".join(parts)

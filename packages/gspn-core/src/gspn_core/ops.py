@@ -1,0 +1,119 @@
+"""The public functions of the operator: `propagate`, `line_scan` and `row_stochastic`.
+
+Shapes use the letters N batch, C channels, H rows, W columns, D directions, G weight groups. Every tensor is indexed
+in image coordinates: the value of pixel (r, c) stands at [..., r, c] for every direction, and nothing is flipped or
+transposed before or after a scan.
+
+A *line* is what a scan steps over, a *position* an index along it:
+
+    left_to_right   line i = column i         position j = row j
+    right_to_left   line i = column W-1-i     position j = row j
+    top_to_bottom   line i = row i            position j = column j
+    bottom_to_top   line i = row H-1-i        position j = column j
+
+Sources: Wang et al., "Parallel Sequence Modeling via Generalized Spatial Propagation Network", CVPR 2025,
+arXiv 2501.12381 (GSPN); Wang et al., "GSPN-2", NeurIPS 2025, arXiv 2512.07884.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import _check, _library, reference
+from .reference import DIRECTIONS
+
+
+def propagate(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor | None = None,
+    u: Tensor | None = None,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Propagate an image along lines in several directions and sum the results.
+
+    For every direction d, with row-stochastic weights w made from the logits (see `row_stochastic`),
+
+        h_d[i, j] = sum over k in -1, 0, +1 of w_k[i, j] h_d[i-1, j+k]  +  lam_d[i, j] x[i, j]
+        y         = sum over d of u_d * h_d
+
+    where h_d[-1] = 0 and terms outside the line are absent. On the first line of a chunk the weights have no effect.
+
+    Args:
+        x: (N, C, H, W).
+        logits: (N, D, G, 3, H, W), G dividing C; each of the G groups serves C/G consecutive channels. Index 0, 1, 2
+            of the axis of three is the neighbour at position j-1, j, j+1. G = C is GSPN-1, G = 1 is GSPN-2.
+        lam: (N, D, C', H, W), C' dividing C, the input's gate; shared by C/C' consecutive channels. None is 1.
+        u: (N, D, C', H, W), the output's gate, likewise with a C' of its own. None is 1.
+        directions: one to four different names out of `DIRECTIONS`, in the order of dimension D.
+        chunk_size: lines per independent chunk (the local variant), counted in the direction's own scan order; the
+            last chunk may be shorter. None scans the whole image.
+
+    Returns:
+        y, (N, C, H, W), contiguous, in the dtype of x.
+
+    All tensors share one dtype, float32, float64, bfloat16 or float16, and one device; under autocast floating
+    dtypes may differ and are cast to its lower precision. Strides may be any. The state is kept in float32 (float64
+    for float64). Results are the same bit for bit whatever the number of threads. Differentiable once in x, logits,
+    lam and u.
+
+    Raises:
+        ValueError: a shape, a device, a direction or the chunk size does not fit; the message names it.
+        TypeError: a dtype is not floating or differs from that of x.
+    """
+    y: Tensor = _library.propagate(x, logits, lam, u, _check.direction_indices(directions), chunk_size)[0]
+    return y
+
+
+def line_scan(
+    x: Tensor, weights: Tensor, lam: Tensor | None = None, *, direction: str, chunk_size: int | None = None
+) -> Tensor:
+    r"""Scan an image along one direction with the weights as given, any real numbers.
+
+        h[i, j] = sum over k in -1, 0, +1 of weights_k[i, j] h[i-1, j+k]  +  lam[i, j] x[i, j]
+
+    with h[-1] = 0 and terms outside the line absent.
+
+    Args:
+        x: (N, C, H, W).
+        weights: (N, G, 3, H, W), G dividing C; index 0, 1, 2 of the axis of three is position j-1, j, j+1.
+        lam: (N, C', H, W), C' dividing C. None is 1.
+        direction: one of `DIRECTIONS`.
+        chunk_size: lines per independent chunk, as in `propagate`.
+
+    Returns:
+        h, (N, C, H, W), contiguous, in the dtype of x. Dtypes, strides, derivatives and errors as in `propagate`.
+
+    Raises:
+        ValueError: a shape, a device, the direction or the chunk size does not fit; the message names it.
+        TypeError: a dtype is not floating or differs from that of x.
+    """
+    h: Tensor = _library.line_scan(x, weights, lam, _check.direction_index(direction), chunk_size)[0]
+    return h
+
+
+def row_stochastic(logits: Tensor, *, directions: Sequence[str] = DIRECTIONS) -> Tensor:
+    r"""Normalise logits to the weights that `propagate` uses (the stability-context condition).
+
+        w_k = sigmoid(a_k) / sum of sigmoid(a_k') over the neighbours that exist
+
+    Three neighbours inside a line, two at its ends, one where a line has a single position; the weight of a missing
+    neighbour is 0. Logits below -28 count as -28.
+
+    Args:
+        logits: (N, D, G, 3, H, W).
+        directions: one name out of `DIRECTIONS` for each entry of dimension D.
+
+    Returns:
+        The weights, in the shape and dtype of logits; `weights[:, d]` is what `line_scan` takes. Differentiable.
+
+    Raises:
+        ValueError: the shape does not fit the directions, or a direction is unknown.
+        TypeError: the dtype is not floating.
+    """
+    _check.check_logits(logits, _check.direction_indices(directions))
+    return reference.row_stochastic(logits, directions=directions)

@@ -1,0 +1,86 @@
+"""The line scan as a plain PyTorch loop: the oracle every kernel is tested against.
+
+It runs on any device, is differentiable by autograd, and reads as the equation. Shapes use the letters
+N batch, C channels, H rows, W columns, D directions, G weight groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DIRECTIONS = ("left_to_right", "right_to_left", "top_to_bottom", "bottom_to_top")
+
+SATURATION = -28.0  # logits below give the weight of this one
+
+
+def to_scan_order(t: Tensor, direction: str) -> Tensor:
+    """View (..., H, W) as (..., lines, positions), line 0 first in scan order. Its own inverse is `from_scan_order`."""
+    t = t.mT if direction in ("left_to_right", "right_to_left") else t
+    return t.flip(-2) if direction in ("right_to_left", "bottom_to_top") else t
+
+
+def from_scan_order(t: Tensor, direction: str) -> Tensor:
+    """Undo `to_scan_order`: (..., lines, positions) back to (..., H, W)."""
+    t = t.flip(-2) if direction in ("right_to_left", "bottom_to_top") else t
+    return t.mT if direction in ("left_to_right", "right_to_left") else t
+
+
+def row_stochastic(logits: Tensor, *, directions: Sequence[str] = DIRECTIONS) -> Tensor:
+    """w_k = sigmoid(a_k) / sum of sigmoid(a_k') over the neighbours that exist; (N, D, G, 3, H, W) to the same."""
+    weights = []
+    for d, direction in enumerate(directions):
+        a = to_scan_order(logits[:, d], direction)  # (N, G, 3, lines, positions)
+        exists = torch.ones(3, a.shape[-1], dtype=torch.bool, device=a.device)
+        exists[0, :1] = exists[2, a.shape[-1] - 1 :] = False
+        sigma = torch.where(exists[:, None], a.clamp(min=SATURATION).sigmoid(), 0)
+        weights.append(from_scan_order(sigma / sigma.sum(dim=2, keepdim=True), direction))
+    return torch.stack(weights, dim=1)
+
+
+def line_scan(
+    x: Tensor, weights: Tensor, lam: Tensor | None = None, *, direction: str, chunk_size: int | None = None
+) -> Tensor:
+    """h[i, j] = sum_k w_k[i, j] h[i-1, j+k] + lam[i, j] x[i, j], with h[i-1] = 0 where i % chunk_size == 0."""
+    dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 and float16 carry their state in float32
+    channels = x.shape[1]
+    u = to_scan_order(x.to(dtype), direction)
+    if lam is not None:
+        u = u * to_scan_order(spread(lam.to(dtype), channels, 1), direction)
+    a, b, c = to_scan_order(spread(weights.to(dtype), channels, 1), direction).unbind(2)  # (N, C, lines, positions)
+    h = [torch.zeros_like(u[:, :, 0])] if u.shape[2] else []
+    for i in range(u.shape[2]):
+        if i % (chunk_size or u.shape[2]) == 0:
+            h.append(u[:, :, i])
+        else:
+            left, right = F.pad(h[-1][..., :-1], (1, 0)), F.pad(h[-1][..., 1:], (0, 1))  # h[i-1, j-1], h[i-1, j+1]
+            h.append(a[:, :, i] * left + b[:, :, i] * h[-1] + c[:, :, i] * right + u[:, :, i])
+    return from_scan_order(torch.stack(h[1:], dim=2) if h else u, direction).to(x.dtype)
+
+
+def propagate(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor | None = None,
+    u: Tensor | None = None,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """y = sum_d u_d * h_d, each h_d a `line_scan` with the `row_stochastic` weights of direction d."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weights = row_stochastic(logits.to(dtype), directions=directions)
+    y = torch.zeros_like(x, dtype=dtype)
+    for d, direction in enumerate(directions):
+        lam_d = None if lam is None else lam[:, d].to(dtype)
+        h = line_scan(x.to(dtype), weights[:, d], lam_d, direction=direction, chunk_size=chunk_size)
+        y = y + (h if u is None else h * spread(u[:, d].to(dtype), x.shape[1], 1))
+    return y.to(x.dtype)
+
+
+def spread(t: Tensor, channels: int, dim: int) -> Tensor:
+    """Repeat each of the groups along `dim` for the consecutive channels that share it."""
+    return t.repeat_interleave(channels // t.shape[dim], dim=dim)
