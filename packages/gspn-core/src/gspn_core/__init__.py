@@ -3,7 +3,8 @@
 from . import reference
 from ._info import __version__, info
 from .module import SpatialPropagation
-from .ops import DIRECTIONS, line_scan, propagate, row_stochastic
+from .ops import line_scan, propagate, row_stochastic
+from .reference import DIRECTIONS
 
 __all__ = [
     "DIRECTIONS",

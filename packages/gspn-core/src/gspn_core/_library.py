@@ -117,7 +117,8 @@ def _propagate_backward(
     gradients = _gradients((x, logits, lam, u), mask)
     if run and _backend.has_kernels(x.device):
         if mask[1] or mask[3]:
-            _check.check_checkpoints(checkpoints, x, _backend.checkpoint_size(*x.shape[2:], directions, chunk_size))
+            size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
+            _check.check_checkpoints(checkpoints, x, size)
         kernels = _backend.Kernels(x.dtype, True, directions, chunk_size)
         kernels.backward(dy, x, logits, lam, u, checkpoints, gradients)
     elif run:
@@ -142,12 +143,17 @@ def _line_scan_backward(
     gradients = _gradients((x, weights, lam), mask)
     if run and _backend.has_kernels(x.device):
         if mask[1]:
-            _check.check_checkpoints(checkpoints, x, _backend.checkpoint_size(*x.shape[2:], [direction], chunk_size))
+            size = _backend.checkpoint_size(x.shape[2], x.shape[3], [direction], chunk_size)
+            _check.check_checkpoints(checkpoints, x, size)
         kernels = _backend.Kernels(x.dtype, False, [direction], chunk_size)
         kernels.backward(dh, x, weights, lam, None, checkpoints, (*gradients, None))
     elif run:
         _fallback.backward((*gradients, None), dh, x, weights, lam, None, [direction], chunk_size)
     return _returned(gradients, x)
+
+
+def _name_of(op: Any) -> str:
+    return str(op._schema.name).removeprefix("gspn::")
 
 
 def _register_implementation(name: str, body: Callable[..., Any]) -> None:
@@ -167,21 +173,16 @@ def _register_implementation(name: str, body: Callable[..., Any]) -> None:
 class _Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: Tensor, lam: Tensor | None, u: Tensor | None, *options: Any) -> Any:
-        directions, chunk_size, save_checkpoints = options
-        ctx.options = directions, chunk_size
-        save_checkpoints = save_checkpoints or ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         with torch._C._AutoDispatchBelowAutograd():
-            y, checkpoints = propagate(x, logits, lam, u, directions, chunk_size, save_checkpoints)
-        ctx.save_for_backward(x, logits, lam, u, checkpoints)
-        ctx.mark_non_differentiable(checkpoints)
-        ctx.set_materialize_grads(False)
-        return y, checkpoints
+            output = propagate(x, logits, lam, u, *options)
+        ctx.options = options[:2]
+        ctx.save_for_backward(x, logits, lam, u, output[1])
+        ctx.mark_non_differentiable(output[1])
+        return output
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         needed = ctx.needs_input_grad[:4]
-        if dy is None:
-            return (None,) * 7
         gradients = propagate_backward(dy, *ctx.saved_tensors, *ctx.options, needed)
         return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
 
@@ -189,56 +190,58 @@ class _Propagate(torch.autograd.Function):
 class _LineScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, lam: Tensor | None, *options: Any) -> Any:
-        direction, chunk_size, save_checkpoints = options
-        ctx.options = direction, chunk_size
         with torch._C._AutoDispatchBelowAutograd():
-            h, checkpoints = line_scan(
-                x, weights, lam, direction, chunk_size, save_checkpoints or ctx.needs_input_grad[1]
-            )
-        ctx.save_for_backward(x, weights, lam, checkpoints)
-        ctx.mark_non_differentiable(checkpoints)
-        ctx.set_materialize_grads(False)
-        return h, checkpoints
+            output = line_scan(x, weights, lam, *options)
+        ctx.options = options[:2]
+        ctx.save_for_backward(x, weights, lam, output[1])
+        ctx.mark_non_differentiable(output[1])
+        return output
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, dh: Tensor, _: Any) -> Any:
         needed = ctx.needs_input_grad[:3]
-        if dh is None:
-            return (None,) * 6
         gradients = line_scan_backward(dh, *ctx.saved_tensors, *ctx.options, needed)
         return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
 
 
-def _once_differentiable(op: Any) -> type[torch.autograd.Function]:
-    class OnceDifferentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
-
-        @staticmethod
-        def backward(ctx: Any, *_: Any) -> Any:
-            raise RuntimeError(
-                f"{op.name()} has no derivative: gspn_core computes first derivatives only. For second derivatives "
-                "use gspn_core.reference, which autograd differentiates as often as wanted."
-            )
-
-    return OnceDifferentiable
-
-
-def _register_autograd(op: Any, function: type[torch.autograd.Function], defaults: tuple[Any, ...]) -> None:
-    count = len(op._schema.arguments)
+def _register_autograd(op: Any, function: type[torch.autograd.Function], needs_states: Sequence[int]) -> None:
+    """Differentiate op by function; the states are saved where one of the arguments at these places has a gradient."""
+    tensors = 4 if op is propagate else 3
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            for argument in args:
-                if isinstance(argument, Tensor) and argument.requires_grad:
-                    # The dispatcher drops trailing arguments that have their default value.
-                    return function.apply(*args, *defaults[len(args) - count + len(defaults) :])
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
+            options = (*args[tensors:], None, False)[:2]  # the dispatcher drops trailing defaults
+            save = args[-1] is True or any(args[i] is not None and args[i].requires_grad for i in needs_states)
+            return function.apply(*args[:tensors], *options, save)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    library.impl(op._schema.name.split("::")[1], autograd, "Autograd")
+    library.impl(_name_of(op), autograd, "Autograd")
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> Any:
+        ctx.name = op.name()
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} has no derivative: gspn_core computes first derivatives only. For second derivatives use "
+            "gspn_core.reference, which autograd differentiates as often as wanted."
+        )
+
+
+def _register_once_differentiable(op: Any) -> None:
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return _OnceDifferentiable.apply(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    library.impl(_name_of(op), autograd, "Autograd")
 
 
 # ---- autocast: to the lower precision, as for convolutions; the state stays in float32
@@ -256,7 +259,7 @@ def _register_autocast(op: Any, device_type: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast)
 
-    library.impl(op._schema.name.split("::")[1], autocast, key)
+    library.impl(_name_of(op), autocast, key)
 
 
 # ---- vmap: the mapped dimension joins the batch
@@ -288,10 +291,10 @@ for _name, _body in (
     ("line_scan_backward", _line_scan_backward),
 ):
     _register_implementation(_name, _body)
-_register_autograd(propagate, _Propagate, (None, False))
-_register_autograd(line_scan, _LineScan, (None, False))
-_register_autograd(propagate_backward, _once_differentiable(propagate_backward), ())
-_register_autograd(line_scan_backward, _once_differentiable(line_scan_backward), ())
+_register_autograd(propagate, _Propagate, (1, 3))
+_register_autograd(line_scan, _LineScan, (1,))
+_register_once_differentiable(propagate_backward)
+_register_once_differentiable(line_scan_backward)
 for _op in (propagate, propagate_backward, line_scan, line_scan_backward):
     _register_vmap(_op)
 for _op in (propagate, line_scan):

@@ -1,0 +1,69 @@
+"""Inputs and the accuracy criterion that the operator's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Beyond twice the reference's own error: one rounding of the result, relative to its largest value; for float64, whose
+# reference is the yardstick itself, what the sums of a scan may lose.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def propagate_inputs(
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    *,
+    d: int = 4,
+    groups: int = 1,
+    lam: int | None = None,
+    u: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor | None]:
+    """Return x, logits, lam, u; lam and u are the numbers of their channels, None for an absent gate."""
+    return [
+        randn(n, c, h, w, dtype=dtype),
+        randn(n, d, groups, 3, h, w, dtype=dtype, seed=1),
+        None if lam is None else randn(n, d, lam, h, w, dtype=dtype, seed=2),
+        None if u is None else randn(n, d, u, h, w, dtype=dtype, seed=3),
+    ]
+
+
+def value_and_gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return f(*inputs) and, for a fixed random gradient of it, the gradients of all inputs that are there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    out = f(*leaves)
+    wanted = [t for t in leaves if t is not None]
+    if out.grad_fn is None:  # an empty tensor
+        return [out, *(torch.zeros_like(t) for t in wanted)]
+    dy = randn(*out.shape, seed=4).to(out.dtype)
+    gradients = torch.autograd.grad(out, wanted, dy, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True))]
+
+
+def assert_as_accurate(
+    kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], label: str = ""
+) -> None:
+    """Output and every gradient are at most twice as far from the float64 result as the reference in this dtype."""
+    exact = value_and_gradients(reference, [None if t is None else t.double() for t in inputs])
+    plain = value_and_gradients(reference, inputs)
+    ours = value_and_gradients(kernel, inputs)
+    names = ["output", *(f"gradient of input {i}" for i, t in enumerate(inputs) if t is not None)]
+    for name, o, p, e in zip(names, ours, plain, exact, strict=True):
+        assert o.shape == e.shape and o.dtype == p.dtype, (label, name, o.shape, o.dtype)
+        if e.numel() == 0:
+            continue
+        error, allowed = (o.double() - e).abs().max(), 2 * (p.double() - e).abs().max()
+        allowed = allowed + ROUNDING[o.dtype] * e.abs().max().clamp(min=1)
+        assert error <= allowed, f"{label} {name}: error {error:.3g}, allowed {allowed:.3g}"

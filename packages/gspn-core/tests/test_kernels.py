@@ -1,0 +1,287 @@
+"""The compiled kernels against the reference: output and every gradient, for every dtype, direction, chunk and group.
+
+`nox -s sanitize` runs this file with the kernels built under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import pytest
+import torch
+from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_cases import DTYPES, assert_as_accurate, propagate_inputs, randn, value_and_gradients
+
+EXTENSION = _backend.extension()
+ISAS = EXTENSION.build_info()["supported_isas"]
+
+# (H, W): size 1, shorter and longer than a vector and a tile of lines, odd, thin both ways.
+SIZES = [(1, 1), (2, 2), (7, 7), (14, 14), (33, 29), (56, 56), (74, 74), (64, 1), (1, 64)]
+CHUNKS = [None, 1, 2, 7, 16, 48, 1000]  # dividing and not dividing, a tile, several tiles, larger than the image
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    EXTENSION.select_isa(request.param)
+    yield request.param
+    EXTENSION.select_isa("auto")
+
+
+def check_propagate(inputs, **options):
+    assert_as_accurate(
+        lambda *t: propagate(*t, **options), lambda *t: reference.propagate(*t, **options), inputs, str(options)
+    )
+
+
+def check_line_scan(inputs, **options):
+    assert_as_accurate(
+        lambda *t: line_scan(*t, **options), lambda *t: reference.line_scan(*t, **options), inputs, str(options)
+    )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes(dtype, size, isa):
+    check_propagate(propagate_inputs(2, 3, *size, groups=1, lam=3, u=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks(dtype, chunk_size):
+    check_propagate(propagate_inputs(1, 2, 50, 37, groups=2, lam=2, u=2, dtype=dtype), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_line_scan(dtype, chunk_size, direction, isa):
+    inputs = [randn(2, 4, 35, 19, dtype=dtype), 0.5 * randn(2, 2, 3, 35, 19, dtype=dtype)]
+    check_line_scan([*inputs, None], direction=direction, chunk_size=chunk_size)
+    check_line_scan([*inputs, randn(2, 1, 35, 19, dtype=dtype)], direction=direction, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("lam,u", [(None, None), (1, 6), (6, 1), (2, 3), (3, None), (None, 2)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_groups(n, lam, u, groups):
+    check_propagate(propagate_inputs(n, 6, 9, 11, groups=groups, lam=lam, u=u))
+
+
+@pytest.mark.parametrize("c,groups,lam,u", [(96, 1, 1, 96), (96, 2, 3, 1), (90, 5, 1, 2), (128, 128, 1, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_over_channels_split_between_tasks(dtype, c, groups, lam, u):
+    """A small batch of many channels sharing weights or gates: partial sums of several tasks."""
+    check_propagate(propagate_inputs(1, c, 18, 10, groups=groups, lam=lam, u=u, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "directions",
+    [("bottom_to_top",), ("right_to_left", "top_to_bottom"), ("bottom_to_top", "left_to_right", "right_to_left")],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_some_directions_in_any_order(dtype, directions):
+    inputs = propagate_inputs(2, 2, 21, 34, d=len(directions), groups=2, lam=1, u=2, dtype=dtype)
+    check_propagate(inputs, directions=directions)
+
+
+# ---- strides
+
+
+def channels_last(t):
+    return t.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def part_of_a_wider_buffer(t):
+    wide = torch.full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1] + 5), torch.nan, dtype=t.dtype)
+    view = wide[..., 2:-1, 1:-4]
+    return view.copy_(t)
+
+
+def every_second_column(t):
+    return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1).flatten(-2)[..., ::2]
+
+
+def transposed(t):
+    return t.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("layout", [channels_last, part_of_a_wider_buffer, every_second_column, transposed])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype, layout):
+    inputs = propagate_inputs(2, 4, 19, 22, groups=2, lam=4, u=1, dtype=dtype)
+    laid_out = [layout(t) for t in inputs]
+    assert not laid_out[0].is_contiguous()
+    dense = value_and_gradients(propagate, inputs)
+    for ours, wanted in zip(value_and_gradients(propagate, laid_out), dense, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_expanded_inputs_and_gradient():
+    x = torch.ones(1, 1, 1, 1).expand(2, 4, 20, 17).requires_grad_()
+    logits = randn(1, 4, 1, 3, 1, 1).expand(2, 4, 1, 3, 20, 17)
+    propagate(x, logits).sum().backward()  # the gradient of sum is expanded too
+    y = x.detach().clone().requires_grad_()
+    reference.propagate(y, logits).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_offsets_beyond_32_bits():
+    """Images 2^31 elements apart; of the buffer only the touched pages exist."""
+    buffer = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    x = buffer.as_strided((2, 2, 5, 6), (2**31, 64, 8, 1))
+    x.copy_(randn(2, 2, 5, 6))
+    logits = randn(2, 4, 1, 3, 5, 6, dtype=torch.bfloat16)
+    assert torch.equal(propagate(x, logits), propagate(x.contiguous(), logits))
+
+
+# ---- edges
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)])
+def test_empty(shape):
+    n, c, h, w = shape
+    ours = value_and_gradients(propagate, propagate_inputs(n, c, h, w, groups=1, lam=3, u=1))
+    assert [t.shape for t in ours] == [(n, c, h, w), (n, c, h, w), (n, 4, 1, 3, h, w), (n, 4, 3, h, w), (n, 4, 1, h, w)]
+
+
+def test_weights_of_a_first_line_have_no_effect():
+    inputs = propagate_inputs(1, 2, 6, 5, d=1, groups=2)
+    poisoned = inputs[1].clone()
+    poisoned[:, :, :, :, [0, 3]] = torch.nan  # first lines of chunks of three rows
+    clean, *clean_gradients = value_and_gradients(
+        lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), inputs
+    )
+    ours, dx, dlogits = value_and_gradients(
+        lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), [inputs[0], poisoned, None, None]
+    )
+    assert torch.equal(ours, clean) and torch.equal(dx, clean_gradients[0])
+    assert (clean_gradients[1][..., [0, 3], :] == 0).all() and torch.equal(
+        dlogits[..., [1, 2, 4, 5], :], clean_gradients[1][..., [1, 2, 4, 5], :]
+    )
+
+
+def test_missing_neighbours_have_no_effect():
+    x, logits, _, _ = propagate_inputs(1, 1, 8, 9, d=1)
+    poisoned = logits.clone()
+    poisoned[0, 0, 0, 0, :, 0] = poisoned[0, 0, 0, 2, :, -1] = torch.nan
+    for ours, wanted in zip(
+        value_and_gradients(lambda *t: propagate(*t, directions=["top_to_bottom"]), [x, poisoned]),
+        value_and_gradients(lambda *t: propagate(*t, directions=["top_to_bottom"]), [x, logits]),
+        strict=True,
+    ):
+        assert torch.equal(ours, wanted)
+    weights = randn(1, 1, 3, 8, 9)
+    poisoned = weights.clone()
+    poisoned[0, 0, 0, :, 0] = poisoned[0, 0, 2, :, -1] = torch.nan
+    assert torch.equal(
+        line_scan(x, poisoned, direction="top_to_bottom"), line_scan(x, weights, direction="top_to_bottom")
+    )
+
+
+def test_nan_propagates_along_its_cone():
+    x, logits, _, _ = propagate_inputs(1, 1, 6, 9, d=1)
+    logits[0, 0, 0, 1, 2, 4] = torch.nan
+    nan = propagate(x, logits, directions=["top_to_bottom"])[0, 0].isnan()
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(9), indexing="ij")
+    assert torch.equal(nan, (rows >= 2) & ((columns - 4).abs() <= rows - 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_logits(dtype, isa):
+    """Saturation below -28, weights of 0 and 1 far above, infinities; no NaN from finite logits."""
+    x, logits, _, _ = propagate_inputs(1, 2, 20, 18, groups=2, dtype=dtype)
+    logits = (logits * 30).to(dtype)
+    logits[0, :, :, :, 3] = -torch.inf
+    logits[0, :, :, 1, 4] = torch.inf
+    check_propagate([x, logits])
+
+
+def test_constant_field_stays_exactly_constant(isa):
+    lam = torch.zeros(1, 1, 1, 300, 40)
+    lam[..., 0, :] = 1
+    y = propagate(torch.full((1, 1, 300, 40), 0.1), randn(1, 1, 1, 3, 300, 40), lam, directions=["top_to_bottom"])
+    assert (y == torch.tensor(0.1)).all()
+
+
+# ---- determinism, work that is not wanted, memory
+
+
+@pytest.mark.parametrize("groups,lam", [(1, 1), (64, 64)])
+def test_same_bits_with_one_and_two_threads(groups, lam):
+    inputs = propagate_inputs(2, 64, 40, 30, groups=groups, lam=lam, u=2)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(value_and_gradients(propagate, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, again in zip(*results, strict=True):
+        assert torch.equal(one, two) and torch.equal(two, again)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_each_gradient_alone_is_the_same(wanted):
+    inputs = propagate_inputs(1, 4, 20, 21, groups=2, lam=1, u=4)
+    every = value_and_gradients(propagate, inputs)[1:]
+    leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(inputs)]
+    y = propagate(*leaves)
+    y.backward(randn(*y.shape, seed=4))
+    for i, leaf in enumerate(leaves):
+        assert torch.equal(leaf.grad, every[i]) if i == wanted else leaf.grad is None
+
+
+def test_unwanted_gradients_are_not_computed():
+    """The backward operator returns nothing, and is handed no output, for what needs no gradient."""
+    x, logits, lam, u = propagate_inputs(1, 4, 9, 8, groups=2, lam=1, u=4)
+    checkpoints = torch.ops.gspn.propagate(x, logits, lam, u, [0, 1, 2, 3], None, True)[1]
+    sizes = [
+        t.numel()
+        for t in torch.ops.gspn.propagate_backward(
+            x, x, logits, lam, u, checkpoints, [0, 1, 2, 3], None, [True, False, False, True]
+        )
+    ]
+    assert sizes == [x.numel(), 0, 0, u.numel()]
+
+
+@pytest.mark.parametrize("dtype,state", [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)], ids=str)
+def test_bytes_kept_for_backward(dtype, state):
+    """At most the inputs and D/16 planes of the state's type."""
+    n, c, h, w = 2, 3, 40, 64
+    inputs = propagate_inputs(n, c, h, w, groups=3, lam=3, u=1, dtype=dtype)
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        propagate(*(t.requires_grad_() for t in inputs))
+    inputs_bytes = sum(t.untyped_storage().nbytes() for t in inputs)
+    assert inputs_bytes < sum(kept.values()) <= inputs_bytes + 4 * n * c * h * w * state // 16
+
+
+# ---- anything at all
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    groups, lam, u = (data.draw(st.sampled_from([1, 2, 3, 4])) for _ in range(3))
+    c = groups * lam * u
+    n, h, w = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    directions = data.draw(st.permutations(DIRECTIONS))[: data.draw(st.integers(1, 4))]
+    chunk_size = data.draw(st.none() | st.integers(1, 45))
+    gates = (lam if data.draw(st.booleans()) else None, u if data.draw(st.booleans()) else None)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    inputs = propagate_inputs(n, c, h, w, d=len(directions), groups=groups, lam=gates[0], u=gates[1], dtype=dtype)
+    check_propagate(inputs, directions=directions, chunk_size=chunk_size)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.floats(0.1, 100), h=st.integers(1, 30), w=st.integers(1, 30))
+def test_linear_in_x_and_bounded(scale, h, w):
+    """y is linear in x, and row-stochastic weights let no line exceed the sum of what was put in."""
+    x, logits, _, _ = propagate_inputs(1, 2, h, w, dtype=torch.float64)
+    y = propagate(x, logits)
+    torch.testing.assert_close(propagate(scale * x, logits), scale * y)
+    assert y.abs().max() <= x.abs().max() * 2 * (h + w) * (1 + 1e-12)
