@@ -56,7 +56,10 @@ Field field(const TensorArg& tensor, const char* dimensions) {
     switch (dimensions[i]) {
       case 'n': f.n = stride; break;
       case 'd': f.d = stride; break;
-      case 'c': f.c = stride; f.channels = shape.at(i); break;
+      case 'c':
+        f.c = stride;
+        f.channels = shape.at(i);
+        break;
       case 'k': f.k = stride; break;
       case 'h': f.row = stride; break;
       case 'w': f.col = stride; break;
@@ -114,9 +117,9 @@ void forward(const Call& call, const TensorArg& x, const TensorArg& weights, con
   selected_kernels->forward(p);
 }
 
-void backward(const Call& call, const TensorArg& dy, const TensorArg& x, const TensorArg& weights,
-              const TensorArg& lam, const TensorArg& u, std::uintptr_t checkpoints, const TensorArg& dx,
-              const TensorArg& dweights, const TensorArg& dlam, const TensorArg& du) {
+void backward(const Call& call, const TensorArg& dy, const TensorArg& x, const TensorArg& weights, const TensorArg& lam,
+              const TensorArg& u, std::uintptr_t checkpoints, const TensorArg& dx, const TensorArg& dweights,
+              const TensorArg& dlam, const TensorArg& du) {
   Params p = make_params(call, x, weights, lam, u, checkpoints);
   const bool has_directions = std::get<1>(weights.value()).size() == 6;
   const char* gate = has_directions ? "ndchw" : "nchw";
@@ -150,10 +153,9 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Line-scan kernels of gspn_core; private, call gspn_core.propagate and gspn_core.line_scan.";
   select_isa("auto");
-  py::class_<Call>(m, "Call").def(py::init([](std::string dtype, bool stochastic, std::vector<int> directions,
-                                              int64_t chunk, int64_t interval, int threads) {
-    return Call{std::move(dtype), stochastic, std::move(directions), chunk, interval, threads};
-  }));
+  py::class_<Call>(m, "Call").def(py::init(
+      [](std::string dtype, bool stochastic, std::vector<int> directions, int64_t chunk, int64_t interval,
+         int threads) { return Call{std::move(dtype), stochastic, std::move(directions), chunk, interval, threads}; }));
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("build_info", &build_info);

@@ -113,7 +113,7 @@ def test_a_result_that_is_not_a_number_is_a_disagreement():
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    "argv, message",
     [
         ([], "the following arguments are required: COMMAND"),
         (["measure"], "invalid choice: 'measure'"),

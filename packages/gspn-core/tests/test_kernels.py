@@ -5,10 +5,11 @@
 
 import pytest
 import torch
-from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_cases import DTYPES, assert_as_accurate, propagate_inputs, randn, value_and_gradients
+
+from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
 
 EXTENSION = _backend.extension()
 ISAS = EXTENSION.build_info()["supported_isas"]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from operator_cases import DTYPES, propagate_inputs, randn, value_and_gradients
+
 from gspn_core import _fallback, reference
 from gspn_core.reference import DIRECTIONS, line_scan, propagate, row_stochastic
-from operator_cases import DTYPES, propagate_inputs, randn, value_and_gradients
 
 # What a 3x3 image of ones becomes under weights a = 0.5 (position j-1), b = 0.25 (j), c = 0.125 (j+1), worked by hand
 # from the equation: line 0 is 1 1 1; line 1 is .375+1, .875+1, .75+1; line 2 from line 1 the same way.

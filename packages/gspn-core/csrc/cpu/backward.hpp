@@ -11,9 +11,9 @@ namespace {
 // cut into parts, whose partial sums are added in order afterwards. The split depends on the shape alone, so results
 // are the same for any number of threads.
 struct Split {
-  int64_t unit;         // channels after which all sharing groups end
-  int64_t part;         // channels of a task
-  int64_t parts;        // tasks per unit
+  int64_t unit;   // channels after which all sharing groups end
+  int64_t part;   // channels of a task
+  int64_t parts;  // tasks per unit
 
   static int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
@@ -49,8 +49,8 @@ struct Partial {
     count = split.parts * part_stride;
     data = Scratch<A>(count);
     fill_zero(data.get(), count);
-    field = {data.get(), channels, p.D * channels * planes * plane, channels * planes * plane, planes * plane,
-             plane,      p.W,      1};
+    field = {data.get(), channels, p.D * channels * planes * plane, channels * planes * plane, planes * plane, plane,
+             p.W,        1};
   }
   Field of_part(int64_t part) const {
     Field f = field;
@@ -169,15 +169,11 @@ class WeightGradient {
   int64_t n_ = 0, d_ = 0, group_ = 0, i0_ = 0, lines_ = 0, pitch_ = 0;
 };
 
-template <class A>
-struct Partials {
-  Partial<A> weights, lam, u;
-};
-
 template <class S, class A = Accumulator<S>>
 void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Field& weights_partial,
                    const Field& lam_partial, const Field& u_partial) {
-  const int64_t length = max_length(p), pitch = tile_pitch(length), capacity = p.interval * pitch;
+  const int64_t length = max_length(p), pitch = tile_pitch(length), most = most_tile_lines(p);
+  const int64_t capacity = most * pitch;
   const int64_t row = state_pitch(length), total = gspn::checkpoint_offset(p, p.D), channels = c1 - c0;
   const bool need_states = p.dweights || p.du;
 
@@ -187,18 +183,20 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
   WeightGradient<S, A> dweights(p, weights_partial, capacity);
   SummedPlanes<S, A> dx(p, p.dx, n, c0, channels);
   Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity);
-  Scratch<A> adjoints(p.interval * pitch);                         // g of every line of the tile
-  Scratch<A> flowing(channels * pitch);                            // v of every channel
-  Scratch<A> states(need_states ? (p.interval + 1) * row : 0);     // h of every line of the tile and the one before
+  Scratch<A> adjoints(capacity);                          // g of every line of the tile
+  Scratch<A> flowing(channels * pitch);                   // v of every channel
+  Scratch<A> states(need_states ? (most + 1) * row : 0);  // h of every line of the tile and the one before
+  Prefetcher prefetcher(p.H * p.W * int64_t(sizeof(S)));
   const auto g_line = [&](int64_t t) { return adjoints.get() + t * pitch; };
   const auto h_line = [&](int64_t t) { return states.get() + (t + 1) * row + kPad; };  // t = -1: what enters the tile
 
   for (int d = 0; d < p.D; ++d) {
     const Scan scan = gspn::make_scan(p, d);
+    const int64_t most_lines = tile_lines(p, scan);
     fill_zero(flowing.get(), channels * pitch);
-    if (need_states) fill_zero(states.get(), (p.interval + 1) * row);
-    for (int64_t i0 = (scan.lines - 1) / p.interval * p.interval; i0 >= 0; i0 -= p.interval) {
-      const int64_t lines = min64(p.interval, scan.lines - i0), checkpoint = i0 / p.interval - 1;
+    if (need_states) fill_zero(states.get(), (most + 1) * row);
+    for (int64_t i0 = (scan.lines - 1) / most_lines * most_lines; i0 >= 0; i0 -= most_lines) {
+      const int64_t lines = min64(most_lines, scan.lines - i0), checkpoint = i0 / p.interval - 1;
       int64_t group = -1;
       for (int64_t c = c0; c < c1; ++c) {
         if (shared_channel(p, p.weights, c) != group) {
@@ -223,9 +221,16 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
           for (int64_t t = 0; t < lines; ++t)
             step(p, i0 + t, h_line(t - 1), weights.line(t), x.line(t), lam.line(t), h_line(t), scan.length);
         }
+        prefetcher.begin(scan, i0 - most_lines, most_lines, !scan.reversed);
+        prefetcher.add(scan_plane<const S>(p.x, scan, n, 0, c), scan);
+        prefetcher.add(scan_plane<const S>(p.dy, scan, n, 0, c), scan);
+        if (p.dx) prefetcher.add(scan_plane<const S>(p.dx, scan, n, 0, c), scan);
+        for (int64_t k = 0; k < 3 && c == c0; ++k)
+          prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k), scan);
         A* const v = flowing.get() + (c - c0) * pitch;
         for (int64_t t = lines - 1; t >= 0; --t) {
           const A* const g = g_line(t);
+          prefetcher.run(lines - 1 - t);
           adjoint_line(dy.line(t), u.line(t), v, g_line(t), scan.length);
           dlam.add(t, g, x.line(t));
           if (p.du) du.add(t, dy.line(t), h_line(t));
@@ -236,9 +241,8 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
             propagate_adjoint_line(g, weights.line(t), v, scan.length);
         }
         if (p.dx)
-          dx.add(scan, d, c, i0, lines, Tile<A>{dx_scratch.get(), pitch}, [&](int64_t t) {
-            return std::pair<const A*, const A*>(g_line(t), lam.line(t));
-          });
+          dx.add(scan, d, c, i0, lines, Tile<A>{dx_scratch.get(), pitch},
+                 [&](int64_t t) { return std::pair<const A*, const A*>(g_line(t), lam.line(t)); });
       }
       dweights.flush(weights);
       dlam.flush();
@@ -255,11 +259,11 @@ void finish_weights(const Params& p, const Field& sums) {
     const int64_t group = task % p.weights.channels, d = task / p.weights.channels % p.D;
     const int64_t n = task / (p.weights.channels * p.D);
     const Scan scan = gspn::make_scan(p, int(d));
-    const int64_t pitch = tile_pitch(scan.length), capacity = p.interval * pitch;
+    const int64_t pitch = tile_pitch(scan.length), most_lines = tile_lines(p, scan), capacity = most_lines * pitch;
     WeightTile<S, A> weights(p, capacity);
     WeightGradient<S, A> dweights(p, Field{}, capacity);
-    for (int64_t i0 = 0; i0 < scan.lines; i0 += p.interval) {
-      const int64_t lines = min64(p.interval, scan.lines - i0);
+    for (int64_t i0 = 0; i0 < scan.lines; i0 += most_lines) {
+      const int64_t lines = min64(most_lines, scan.lines - i0);
       weights.load(scan, n, d, group, i0, lines, pitch);
       dweights.begin(scan, n, d, group, i0, lines, pitch);
       dweights.read_back(sums);
@@ -282,8 +286,7 @@ template <class S>
 void backward_all(const Params& p) {
   using A = Accumulator<S>;
   const Split split(p);
-  Partial<A> weights(p, split, p.weights, p.dweights, 3), lam(p, split, p.lam, p.dlam, 1),
-      u(p, split, p.u, p.du, 1);
+  Partial<A> weights(p, split, p.weights, p.dweights, 3), lam(p, split, p.lam, p.dlam, 1), u(p, split, p.u, p.du, 1);
   const int64_t units = p.C / split.unit;
   run_tasks(p.N * units * split.parts, p.threads, [&](int64_t task) {
     const int64_t part = task % split.parts, unit = task / split.parts % units, n = task / (split.parts * units);

@@ -17,12 +17,10 @@ inline int64_t forward_block(const Params& p, int64_t element_size) {
   return max64(1, min64(cached, parallel));
 }
 
-constexpr int64_t kPrefetchBytes = 64 * 1024;  // planes smaller than this stay in the cache between their tiles
-
 template <class S>
 void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
   using A = Accumulator<S>;
-  const int64_t length = max_length(p), pitch = tile_pitch(length), capacity = p.interval * pitch;
+  const int64_t length = max_length(p), pitch = tile_pitch(length), capacity = most_tile_lines(p) * pitch;
   const int64_t channels = c1 - c0, group = shared_channel(p, p.weights, c0);
   const int64_t row = state_pitch(length), total = gspn::checkpoint_offset(p, p.D);
 
@@ -30,39 +28,40 @@ void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
   GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
   Scratch<A> x_scratch(capacity), out_scratch(capacity), state(channels * 2 * row);
   SummedPlanes<S, A> y(p, p.y, n, c0, channels);
-  Prefetcher prefetcher(p.H * p.W * int64_t(sizeof(S)) >= kPrefetchBytes);
+  Prefetcher prefetcher(p.H * p.W * int64_t(sizeof(S)));
 
   for (int d = 0; d < p.D; ++d) {
     const Scan scan = gspn::make_scan(p, d);
+    const int64_t most_lines = tile_lines(p, scan), checkpoint_lines = gspn::checkpoint_lines(p, scan);
     fill_zero(state.get(), channels * 2 * row);
-    for (int64_t i0 = 0; i0 < scan.lines; i0 += p.interval) {
-      const int64_t lines = min64(p.interval, scan.lines - i0);
+    for (int64_t i0 = 0; i0 < scan.lines; i0 += most_lines) {
+      const int64_t lines = min64(most_lines, scan.lines - i0);
       weights.load(scan, n, d, group, i0, lines, pitch);
       for (int64_t c = c0; c < c1; ++c) {
         const Tile<const A> x = fetch<S, A>(scan_plane<const S>(p.x, scan, n, 0, c), i0, lines, scan.length,
                                             Tile<A>{x_scratch.get(), pitch});
         lam.load(scan, n, d, c, i0, lines, pitch);
         u.load(scan, n, d, c, i0, lines, pitch);
-        prefetcher.begin(scan, i0, p.interval);
+        prefetcher.begin(scan, i0 + most_lines, most_lines, scan.reversed);
         prefetcher.add(scan_plane<const S>(p.x, scan, n, 0, c), scan);
         prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c), scan);
-        for (int64_t k = 0; k < 3 && c == c0; ++k) prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k), scan);
+        for (int64_t k = 0; k < 3 && c == c0; ++k)
+          prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k), scan);
         if (p.lam) prefetcher.add(scan_plane<const S>(p.lam, scan, n, d, shared_channel(p, p.lam, c)), scan);
         if (p.u) prefetcher.add(scan_plane<const S>(p.u, scan, n, d, shared_channel(p, p.u, c)), scan);
         A* const states = state.get() + (c - c0) * 2 * row + kPad;  // the last two lines, by parity
         const auto state_line = [&](int64_t i) { return states + (i & 1) * row; };
+        A* const checkpoints = p.checkpoints == nullptr ? nullptr
+                                                        : static_cast<A*>(p.checkpoints) + (n * p.C + c) * total +
+                                                              gspn::checkpoint_offset(p, d);
         y.add(scan, d, c, i0, lines, Tile<A>{out_scratch.get(), pitch}, [&](int64_t t) {
           const int64_t i = i0 + t;
           prefetcher.run(t);
           step(p, i, state_line(i + 1), weights.line(t), x.line(t), lam.line(t), state_line(i), scan.length);
+          if (checkpoints != nullptr && (i + 1) % p.interval == 0 && i / p.interval < checkpoint_lines)
+            load_line(state_line(i), checkpoints + i / p.interval * scan.length, scan.length);
           return std::pair<const A*, const A*>(state_line(i), u.line(t));
         });
-        const int64_t checkpoint = i0 / p.interval;  // the state that enters the next tile
-        if (p.checkpoints != nullptr && checkpoint < gspn::checkpoint_lines(p, scan)) {
-          A* out = static_cast<A*>(p.checkpoints) + (n * p.C + c) * total + gspn::checkpoint_offset(p, d) +
-                   checkpoint * scan.length;
-          load_line(state_line(i0 + lines - 1), out, scan.length);
-        }
       }
     }
   }

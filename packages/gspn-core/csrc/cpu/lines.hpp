@@ -15,8 +15,8 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   using Int = int32_t;
-  static constexpr float kMagic = 0x1.8p23f, kLog2E = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f,
-                         kLn2Low = 0x1.7f7d1cp-20f, kLowest = -87.0f;
+  static constexpr float kMagic = 0x1.8p23f, kLog2E = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f,
+                         kLowest = -87.0f;
   static constexpr int kTerms = 7, kMantissa = 23, kBias = 127;
 };
 template <>
@@ -86,7 +86,7 @@ struct Weights {
 template <bool kLam, class A>
 void update_line(const A* __restrict h, const Weights<A>& w, const A* __restrict x, const A* __restrict lam,
                  A* __restrict next, int64_t length) {
-  const A *__restrict a = w.a, *__restrict b = w.b, *__restrict c = w.c;
+  const A* __restrict a = w.a, * __restrict b = w.b, * __restrict c = w.c;
   if (b == nullptr) {
     for (int64_t j = 0; j < length; ++j) {
       const A input = kLam ? lam[j] * x[j] : x[j];
@@ -142,7 +142,7 @@ void adjoint_line(const A* __restrict dy, const A* __restrict u, const A* __rest
 // v[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1]: what flows to the previous line.
 template <class A>
 void propagate_adjoint_line(const A* __restrict g, const Weights<A>& w, A* __restrict v, int64_t length) {
-  const A *__restrict a = w.a, *__restrict b = w.b, *__restrict c = w.c;
+  const A* __restrict a = w.a, * __restrict b = w.b, * __restrict c = w.c;
   const int64_t last = length - 1;
   const auto own = [&](int64_t j) { return b != nullptr ? b[j] : (A(1) - a[j]) - c[j]; };
   if (length == 0) return;
@@ -174,9 +174,8 @@ void accumulate_differences_line(const A* __restrict g, const A* __restrict h, A
 // The Jacobian of the normalisation: gradients of the logits from p and q, in place of p (-1), b (0) and q (+1).
 //   t = a p + c q;  da = a (1 - sigma_a) (p - t),  db = -b (1 - sigma_b) t,  dc = c (1 - sigma_c) (q - t)
 template <class A>
-void logit_gradients_line(const A* __restrict la, const A* __restrict lb, const A* __restrict lc,
-                          const A* __restrict a, const A* __restrict c, A* __restrict p, A* __restrict db,
-                          A* __restrict q, int64_t length) {
+void logit_gradients_line(const A* __restrict la, const A* __restrict lb, const A* __restrict lc, const A* __restrict a,
+                          const A* __restrict c, A* __restrict p, A* __restrict db, A* __restrict q, int64_t length) {
   const auto slope = [](A logit) {  // 1 - sigma, and 0 where the logit is saturated
     const A e = exp_negative(logit);
     return logit < A(kSaturation) ? A(0) : e / (A(1) + e);

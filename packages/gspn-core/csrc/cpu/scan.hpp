@@ -49,6 +49,16 @@ inline void fill_zero(A* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = A(0);
 }
 
+// Lines of a tile. In a horizontal scan they are columns, of which every row holds a piece in a page of its own: twice
+// as many make half as many visits to each page.
+inline int64_t tile_lines(const Params& p, const Scan& scan) { return scan.horizontal ? 2 * p.interval : p.interval; }
+
+inline int64_t most_tile_lines(const Params& p) {
+  int64_t lines = 0;
+  for (int d = 0; d < p.D; ++d) lines = max64(lines, tile_lines(p, gspn::make_scan(p, d)));
+  return lines;
+}
+
 // Distance between the lines of a scratch tile; the odd number of cache lines keeps tiles of large images
 // from falling on the same cache sets.
 inline int64_t tile_pitch(int64_t length) { return round_up(length, 16) + 16; }
@@ -79,25 +89,27 @@ inline Tile<const A> fetch(Plane<const S> plane, int64_t i0, int64_t lines, int6
   return {scratch.data, scratch.pitch};
 }
 
+constexpr int64_t kPrefetchBytes = 64 * 1024;  // smaller planes stay in the cache between their tiles
+
 // The channel of a field with fewer channels that serves channel c of x.
 inline int64_t shared_channel(const Params& p, const Field& f, int64_t c) { return c / (p.C / f.channels); }
 
 // Asks for the memory that comes next while the current tile is computed, a slice with every line. The processor's
 // own prefetchers follow rows in ascending order, but neither columns nor rows in descending order, and large images
-// wait for memory there. Columns are asked for several tiles at a time, since each row's piece of them lies in a page
-// of its own. The hint names the second-level cache: asking for the first is limited to its few outstanding misses.
+// wait for memory there. The hint names the second-level cache: asking for the first is limited to its few outstanding
+// misses.
 class Prefetcher {
  public:
-  explicit Prefetcher(bool enabled) : enabled_(enabled) {}
+  explicit Prefetcher(int64_t plane_bytes) : enabled_(plane_bytes >= kPrefetchBytes) {}
 
-  // Forgets the planes added so far; what follows belongs to the tile that starts at line i0.
-  void begin(const Scan& scan, int64_t i0, int64_t tile_lines) {
+  // Forgets the planes added so far; of those that follow the tile that starts at line `next` is to come. Rows that are
+  // read in ascending order are left to the processor.
+  void begin(const Scan& scan, int64_t next, int64_t tile_lines, bool descending) {
     count_ = 0;
-    panel_ = scan.horizontal ? kColumnTiles * tile_lines : tile_lines;
-    next_ = (i0 / panel_ + 1) * panel_;
-    lines_ = min64(panel_, scan.lines - next_);
-    slice_ = i0 % panel_;
-    active_ = enabled_ && lines_ > 0 && (scan.horizontal || scan.reversed);
+    next_ = next;
+    lines_ = min64(tile_lines, scan.lines - next_);
+    slices_ = tile_lines;
+    active_ = enabled_ && next_ >= 0 && lines_ > 0 && (scan.horizontal || descending);
   }
   template <class S>
   void add(Plane<const S> plane, const Scan& scan) {
@@ -117,8 +129,8 @@ class Prefetcher {
   GSPN_INLINE void run(int64_t t) const {
     for (int i = 0; i < count_; ++i) {
       const Piece& piece = pieces_[i];
-      const int64_t end = piece.rows * (slice_ + t + 1) / panel_;
-      for (int64_t row = piece.rows * (slice_ + t) / panel_; row < end; ++row) {
+      const int64_t end = piece.rows * (t + 1) / slices_;
+      for (int64_t row = piece.rows * t / slices_; row < end; ++row) {
         const char* first = piece.data + row * piece.stride;
         for (int64_t byte = 0; byte < piece.row_bytes; byte += kCacheLine) __builtin_prefetch(first + byte, 0, 2);
         __builtin_prefetch(first + piece.row_bytes - 1, 0, 2);
@@ -127,14 +139,14 @@ class Prefetcher {
   }
 
  private:
-  static constexpr int kMost = 8, kCacheLine = 64, kColumnTiles = 4;
+  static constexpr int kMost = 8, kCacheLine = 64;
   struct Piece {
     const char* data;
     int64_t rows, row_bytes, stride;
   };
   bool enabled_, active_ = false;
   int count_ = 0;
-  int64_t panel_ = 1, next_ = 0, lines_ = 0, slice_ = 0;
+  int64_t next_ = 0, lines_ = 0, slices_ = 1;
   Piece pieces_[kMost];
 };
 

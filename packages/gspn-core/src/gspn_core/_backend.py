@@ -42,7 +42,9 @@ def _warn_once(device_type: str) -> None:
     if device_type == "cpu":
         how = f"its compiled module did not load ({module}); reinstall with `pip install --force-reinstall gspn-core`"
     else:
-        how = f"this build has kernels for cpu only; move the tensors to the CPU, or see `gspn-core info` ({device_type})"
+        how = (
+            f"this build has kernels for cpu only; move the tensors to the CPU, or see `gspn-core info` ({device_type})"
+        )
     warnings.warn(f"gspn_core runs its slow PyTorch reference on {device_type}: {how}", RuntimeWarning, stacklevel=6)
 
 

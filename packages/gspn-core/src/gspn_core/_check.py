@@ -12,6 +12,13 @@ from .reference import DIRECTIONS
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def check_tensors(**arguments: object) -> None:
+    """Raise TypeError unless every argument is a tensor; the dispatcher's own message does not name it so plainly."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(argument).__name__}")
+
+
 def direction_index(direction: str, argument: str = "direction") -> int:
     """Return the number by which the operators call a direction."""
     if direction not in DIRECTIONS:
@@ -100,8 +107,6 @@ def check_checkpoints(checkpoints: Tensor, x: Tensor, size: int) -> None:
 
 
 def _check_floating(t: Tensor, name: str) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
 
@@ -118,8 +123,6 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 
 def _check_like(x: Tensor, t: Tensor, name: str, rank: int, legend: str, shape: tuple[int | None, ...]) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
     if t.device != x.device:

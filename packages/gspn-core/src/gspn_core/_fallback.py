@@ -96,7 +96,8 @@ def backward(
 
 
 def _group_sum(t: Tensor, groups: int) -> Tensor:
-    return t.unflatten(1, (groups, -1)).sum(2)
+    summed: Tensor = t.unflatten(1, (groups, -1)).sum(2)
+    return summed
 
 
 def _logit_gradient(logits: Tensor, w: Tensor, dw: Tensor) -> Tensor:

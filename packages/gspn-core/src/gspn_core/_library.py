@@ -277,9 +277,9 @@ def _register_vmap(op: Any) -> None:
 
         outputs = op(*(join(a, dim) for a, dim in zip(args, in_dims, strict=True)))
         # An output that was not wanted is empty and has no batch; give it one.
-        return tuple(
-            o.unflatten(0, (size, -1)) if o.dim() > 1 else o.new_empty((size, 0)) for o in outputs
-        ), (0,) * len(outputs)  # type: ignore[return-value]
+        return tuple(o.unflatten(0, (size, -1)) if o.dim() > 1 else o.new_empty((size, 0)) for o in outputs), (
+            0,
+        ) * len(outputs)  # type: ignore[return-value]
 
     torch.library.register_vmap(op, vmap, lib=library)
 

@@ -51,7 +51,8 @@ class Settings:
     small: Shape = (8, 64, 56, 56)
     large: Shape = (16, 8, 1024, 1024)
     memory: Shape = (2, 16, 64, 64)
-    repeats: int = 25
+    repeats: int = 101
+    seconds: float = 20.0  # after which a comparison ends, though not before three rounds
     calls: int = 200  # per repeat, where a single call is too short for the clock
     targets: bool = True  # targets are meant for the full sizes
 
@@ -163,12 +164,13 @@ def table(result: dict[str, Any]) -> str:
 # ---- measuring
 
 
-def _medians(contestants: Sequence[Contestant], repeats: int, calls: int = 1) -> list[float]:
+def _medians(contestants: Sequence[Contestant], settings: Settings, calls: int = 1) -> list[float]:
     """Return each contestant's median seconds per call. They take turns, each round in another order."""
     for contestant in contestants:
         contestant()
     times: list[list[float]] = [[] for _ in contestants]
-    for repeat in range(repeats):
+    began = time.perf_counter()
+    for repeat in range(settings.repeats):
         for place in range(len(contestants)):
             i = (repeat + place) % len(contestants)
             contestant = contestants[i]
@@ -176,6 +178,8 @@ def _medians(contestants: Sequence[Contestant], repeats: int, calls: int = 1) ->
             for _ in range(calls):
                 contestant()
             times[i].append((time.perf_counter_ns() - start) / calls * 1e-9)
+        if repeat >= 2 and time.perf_counter() - began > settings.seconds:
+            break
     return [statistics.median(t) for t in times]
 
 
@@ -193,7 +197,7 @@ def _require_agreement(case: str, ours: Sequence[Tensor], expected: Sequence[Ten
 def _duel(
     name: str, shape: str, ours: Contestant, other: Contestant, versus: str, target: Target, settings: Settings
 ) -> Row:
-    seconds = _medians((ours, other), settings.repeats)
+    seconds = _medians((ours, other), settings)
     return Row(
         name=name,
         shape=shape,
@@ -291,14 +295,15 @@ def _propagate_case(gates: str, with_backward: bool) -> Case:
 
 def _small_horizontal(settings: Settings) -> Iterator[Row]:
     x, weights = _scan_inputs(settings.small, 1)
-    horizontal, vertical = (
-        lambda direction=direction: line_scan(x, weights, direction=direction)
-        for direction in ("left_to_right", "top_to_bottom")
-    )
     name = "horizontal/vertical, small"
-    for direction, contestant in (("left_to_right", horizontal), ("top_to_bottom", vertical)):
-        _require_agreement(name, [contestant()], [reference.line_scan(x, weights, direction=direction)])
-    seconds = _medians((horizontal, vertical), settings.repeats, max(1, settings.calls // 20))
+
+    def scan(direction: str) -> Contestant:
+        expected = reference.line_scan(x, weights, direction=direction)
+        _require_agreement(name, [line_scan(x, weights, direction=direction)], [expected])
+        return lambda: line_scan(x, weights, direction=direction)
+
+    horizontal, vertical = scan("left_to_right"), scan("top_to_bottom")
+    seconds = _medians((horizontal, vertical), settings, max(1, settings.calls // 20))
     yield _horizontal_row(name, _label(settings.small, 1), *seconds)
 
 
@@ -341,7 +346,7 @@ def _large_maps(settings: Settings) -> Iterator[Row]:
         lambda: line_scan(x, weights, direction="top_to_bottom"),
         lambda: weights.clone(),
     ]
-    *scans, copy, call, clone = _medians(contestants, max(3, settings.repeats // 3))
+    *scans, copy, call, clone = _medians(contestants, settings)
     plane = x.numel() * x.element_size()
     moved, copied_bytes = 5 * plane, 2 * weights.numel() * weights.element_size()  # x, three weights, h; read, written
     shape = _label(settings.large, c)
@@ -435,7 +440,7 @@ def _call_cost(name: str) -> Case:
                         torch.autograd.grad(y, tensors, dy)
 
                 contestants = [lambda f=f, run=contestant: run(f) for f in (ours, other)]
-                seconds = _medians(contestants, settings.repeats, settings.calls)
+                seconds = _medians(contestants, settings, settings.calls)
                 yield Row(
                     name=f"call cost {name}, {what}",
                     shape=_label(shape, 1),

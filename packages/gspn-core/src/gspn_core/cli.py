@@ -50,9 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure the kernels against the reference")
     bench.add_argument("--json", metavar="FILE", help="write the result as JSON; - is standard output")
-    bench.add_argument(
-        "--quick", action="store_true", help="small shapes and few repeats, without targets: a trial run"
-    )
+    bench.add_argument("--quick", action="store_true", help="a trial run: small shapes, few repeats, no targets")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads of torch and of the kernels")
     bench.add_argument("--repeats", type=_positive, metavar="N", help="rounds that medians are taken over")
     bench.add_argument("--filter", default="", metavar="SUBSTRING", help="only the cases whose name contains this")

@@ -1,7 +1,5 @@
 """The mixer module: makes weights and gates from its input, propagates in all directions, and merges them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 from . import _check, _library  # noqa: F401  (registers torch.ops.gspn)
 from .reference import DIRECTIONS
 
-# Initial input gate. A scan adds up what it passes: over L lines noise grows like L^(1/4), but the mean of a smooth
-# image like L. At this value the four-direction mean of 512 lines multiplies a constant image by 4 and damps white
-# noise, so that a branch of a pre-norm residual network neither drowns its input nor is lost (see test_module.py).
-_INITIAL_LAM = 1 / 64
+# Initial input gate of scans without chunks. A scan adds up what it passes: over L lines noise grows like L^(1/4), but
+# the mean of a smooth image like L, so that no one value suits both. At this one a branch of a pre-norm residual
+# network neither drowns its input nor is lost at 512 x 512 and a depth of 50 (test_module.py measures it).
+_INITIAL_LAM = 1 / 128
 
 
 class SpatialPropagation(nn.Module):
@@ -50,6 +48,8 @@ class SpatialPropagation(nn.Module):
     Sources: GSPN, arXiv 2501.12381, section 3 and appendix; GSPN-2, arXiv 2512.07884, section 3.
     """
 
+    directions: list[int]  # places in DIRECTIONS
+
     def __init__(
         self,
         channels: int,
@@ -77,7 +77,7 @@ class SpatialPropagation(nn.Module):
         propagated = proxy_channels or channels
         if propagated % weight_groups != 0:
             raise ValueError(f"weight_groups must divide the {propagated} propagated channels, got {weight_groups}")
-        self.directions: list[int] = _check.distinct_directions(directions)
+        self.directions = _check.distinct_directions(directions)
         self.channels = channels
         self.proxy_channels = proxy_channels
         self.gate_rank = gate_rank
@@ -102,7 +102,14 @@ class SpatialPropagation(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise: projections keep the variance, gates start constant up to a tenth, directions are averaged."""
+        """Initialise: projections keep the variance, directions are averaged, gates start near a constant.
+
+        The input gate starts below one over the lines it adds up, the output gate at a random sign, which keeps the
+        means of many layers from adding up; both vary by a tenth with the input.
+        """
+        initial_lam = _INITIAL_LAM
+        if self.chunk_size is not None:
+            initial_lam = max(initial_lam, 1 / (4 * self.chunk_size))
         for layer in (self.value, self.lift, self.bottleneck, self.gates):
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=layer.in_channels**-0.5)
@@ -111,10 +118,10 @@ class SpatialPropagation(nn.Module):
         assert self.gates.bias is not None
         _, lam_weight, u_weight = self.gates.weight.split(self._splits)
         _, lam_bias, u_bias = self.gates.bias.split(self._splits)
-        lam_weight.mul_(0.1 * _INITIAL_LAM)
-        lam_bias.fill_(_INITIAL_LAM)
+        lam_weight.mul_(0.1 * initial_lam)
+        lam_bias.fill_(initial_lam)
         u_weight.mul_(0.1)
-        u_bias.fill_(1.0)
+        u_bias.copy_(torch.randint_like(u_bias, 2).mul_(2).sub_(1))
         nn.init.constant_(self.merge, 1 / len(self.directions))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,15 +133,22 @@ class SpatialPropagation(nn.Module):
         u = u.unflatten(1, (count, self.propagated_channels)) * self.merge.to(u.dtype).view(-1, 1, 1, 1)
         return self.value(x), logits, lam, u
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the pixels of x, (N, C, H, W), into a tensor of the same shape."""
         v, logits, lam, u = self.project(x)
         y = torch.ops.gspn.propagate(v, logits, lam, u, self.directions, self.chunk_size)[0]
-        return self.lift(y)  # type: ignore[no-any-return]
+        out: Tensor = self.lift(y)
+        return out
 
     def extra_repr(self) -> str:
         """List the options that differ from their defaults."""
         parts = [f"{self.channels}"]
-        for name, default in (("proxy_channels", None), ("gate_rank", None), ("weight_groups", 1), ("chunk_size", None)):
+        for name, default in (
+            ("proxy_channels", None),
+            ("gate_rank", None),
+            ("weight_groups", 1),
+            ("chunk_size", None),
+        ):
             value = getattr(self, name)
             if value != default:
                 parts.append(f"{name}={value}")

@@ -31,12 +31,12 @@ struct Params {
   int64_t interval = 0;  // lines between two checkpoints of the state, and lines per tile
   int threads = 1;
 
-  Field x, weights, lam, u;  // inputs; lam and u may be absent
-  Field y;                   // forward: output
+  Field x, weights, lam, u;     // inputs; lam and u may be absent
+  Field y;                      // forward: output
   void* checkpoints = nullptr;  // (N, C, checkpoint_size) in the accumulation type; null: neither written nor read
 
-  Field dy;                       // backward: input
-  Field dx, dweights, dlam, du;   // backward: outputs; an absent one is not computed
+  Field dy;                      // backward: input
+  Field dx, dweights, dlam, du;  // backward: outputs; an absent one is not computed
 };
 
 // The functions below are static: each instruction set's kernels must keep their own copy.
