@@ -30,7 +30,7 @@ struct ExpConstants<double> {
 // exp(x) for x <= 80, within about one unit in the last place; below kLowest it stays at exp(kLowest); NaN stays.
 // 2^k times the Taylor polynomial of the remainder |r| <= ln(2)/2, Horner form.
 template <class A>
-inline A exponential(A x) {
+GSPN_INLINE A exponential(A x) {
   using K = ExpConstants<A>;
   using Int = typename K::Int;
   x = x < K::kLowest ? K::kLowest : x;
@@ -48,7 +48,7 @@ inline A exponential(A x) {
 constexpr int kSaturation = -28;  // logits below saturate: three factors 1 + exp(28) still fit a float
 
 template <class A>
-inline A exp_negative(A logit) {
+GSPN_INLINE A exp_negative(A logit) {
   return exponential<A>(-(logit < A(kSaturation) ? A(kSaturation) : logit));
 }
 
@@ -56,7 +56,7 @@ inline A exp_negative(A logit) {
 //   w_k = sigma_k / sum_m sigma_m = prod_{m != k} (1 + e_m) / sum_m prod_{k' != m} (1 + e_k')
 // one division instead of four. A neighbour that does not exist has no term; b = 1 - a - c is not stored.
 template <class A>
-inline void normalise(A la, A lb, A lc, bool has_left, bool has_right, A& a, A& c) {
+GSPN_INLINE void normalise(A la, A lb, A lc, bool has_left, bool has_right, A& a, A& c) {
   const A ea = has_left ? A(1) + exp_negative(la) : A(1), eb = A(1) + exp_negative(lb),
           ec = has_right ? A(1) + exp_negative(lc) : A(1);
   const A na = has_left ? eb * ec : A(0), nb = ea * ec, nc = has_right ? ea * eb : A(0);
@@ -86,7 +86,9 @@ struct Weights {
 template <bool kLam, class A>
 void update_line(const A* __restrict h, const Weights<A>& w, const A* __restrict x, const A* __restrict lam,
                  A* __restrict next, int64_t length) {
-  const A* __restrict a = w.a, * __restrict b = w.b, * __restrict c = w.c;
+  const A* __restrict a = w.a;
+  const A* __restrict b = w.b;
+  const A* __restrict c = w.c;
   if (b == nullptr) {
     for (int64_t j = 0; j < length; ++j) {
       const A input = kLam ? lam[j] * x[j] : x[j];
@@ -142,7 +144,9 @@ void adjoint_line(const A* __restrict dy, const A* __restrict u, const A* __rest
 // v[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1]: what flows to the previous line.
 template <class A>
 void propagate_adjoint_line(const A* __restrict g, const Weights<A>& w, A* __restrict v, int64_t length) {
-  const A* __restrict a = w.a, * __restrict b = w.b, * __restrict c = w.c;
+  const A* __restrict a = w.a;
+  const A* __restrict b = w.b;
+  const A* __restrict c = w.c;
   const int64_t last = length - 1;
   const auto own = [&](int64_t j) { return b != nullptr ? b[j] : (A(1) - a[j]) - c[j]; };
   if (length == 0) return;
@@ -176,7 +180,7 @@ void accumulate_differences_line(const A* __restrict g, const A* __restrict h, A
 template <class A>
 void logit_gradients_line(const A* __restrict la, const A* __restrict lb, const A* __restrict lc, const A* __restrict a,
                           const A* __restrict c, A* __restrict p, A* __restrict db, A* __restrict q, int64_t length) {
-  const auto slope = [](A logit) {  // 1 - sigma, and 0 where the logit is saturated
+  const auto slope = [](A logit) __attribute__((always_inline)) {  // 1 - sigma, and 0 where the logit is saturated
     const A e = exp_negative(logit);
     return logit < A(kSaturation) ? A(0) : e / (A(1) + e);
   };

@@ -49,9 +49,14 @@ inline void fill_zero(A* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = A(0);
 }
 
-// Lines of a tile. In a horizontal scan they are columns, of which every row holds a piece in a page of its own: twice
-// as many make half as many visits to each page.
-inline int64_t tile_lines(const Params& p, const Scan& scan) { return scan.horizontal ? 2 * p.interval : p.interval; }
+// Lines of a tile, a multiple of the checkpoint interval. Small images fit whole, so that every plane is read in one
+// go. In a horizontal scan lines are columns, of which every row of a large image holds a piece in a page of its own:
+// twice as many make half as many visits to each page.
+inline int64_t tile_lines(const Params& p, const Scan& scan) {
+  constexpr int64_t kElements = 8192;
+  const int64_t fitting = kElements / max64(1, p.interval * scan.length);
+  return p.interval * max64(fitting, scan.horizontal ? 2 : 1);
+}
 
 inline int64_t most_tile_lines(const Params& p) {
   int64_t lines = 0;

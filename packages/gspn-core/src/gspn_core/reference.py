@@ -50,15 +50,16 @@ def line_scan(
     u = to_scan_order(x.to(dtype), direction)
     if lam is not None:
         u = u * to_scan_order(spread(lam.to(dtype), channels, 1), direction)
-    a, b, c = to_scan_order(spread(weights.to(dtype), channels, 1), direction).unbind(2)  # (N, C, lines, positions)
-    h = [torch.zeros_like(u[:, :, 0])] if u.shape[2] else []
-    for i in range(u.shape[2]):
+    w = to_scan_order(spread(weights.to(dtype), channels, 1), direction)  # (N, C, 3, lines, positions)
+    h: list[Tensor] = []
+    for i, (u_i, w_i) in enumerate(zip(u.unbind(2), w.unbind(3), strict=True)):
         if i % (chunk_size or u.shape[2]) == 0:
-            h.append(u[:, :, i])
+            h.append(u_i)
         else:
+            a, b, c = w_i.unbind(2)
             left, right = F.pad(h[-1][..., :-1], (1, 0)), F.pad(h[-1][..., 1:], (0, 1))  # h[i-1, j-1], h[i-1, j+1]
-            h.append(a[:, :, i] * left + b[:, :, i] * h[-1] + c[:, :, i] * right + u[:, :, i])
-    return from_scan_order(torch.stack(h[1:], dim=2) if h else u, direction).to(x.dtype)
+            h.append(a * left + b * h[-1] + c * right + u_i)
+    return from_scan_order(torch.stack(h, dim=2) if h else u, direction).to(x.dtype)
 
 
 def propagate(

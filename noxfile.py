@@ -1,0 +1,224 @@
+"""What a maintainer runs: `python3 -m nox -s demo`, `-s test`, `-s lint` and so on; `nox --list` shows all.
+
+The sessions that run our code share one environment, since torch is large: `.nox/shared`. A session brings it up to
+date first, and reinstalls only what changed since the last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import nox
+from nox.project import load_toml
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "typecheck", "test"]
+
+ROOT = Path(__file__).parent
+SHARED = ROOT / ".nox" / "shared"
+SANITIZED = ROOT / ".nox" / "sanitized"
+INSTALLED = ROOT / ".nox" / "installed"
+
+# Applications depend on core and never on each other.
+PACKAGES = sorted(
+    (path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")), key=lambda name: (name != "gspn-core", name)
+)
+TEST_TOOLS = ("pytest>=8", "mypy==2.4.1", "types-PyYAML")  # beside what the packages name in their extra `test`
+LINT_TOOLS = ("ruff==0.17.5", "clang-format==23.1.5")
+
+
+# ---- the shared environment
+
+
+def _executable(environment: Path, name: str) -> str:
+    folder, suffix = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
+    return str(environment / folder / (name + suffix))
+
+
+def _create(session: nox.Session, environment: Path) -> str:
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(environment), external=True)
+    return _executable(environment, "python")
+
+
+def _metadata(package: str) -> dict[str, Any]:
+    return load_toml(ROOT / "packages" / package / "pyproject.toml")
+
+
+def _fingerprint(package: str) -> str:
+    """Hash what an editable installation depends on: metadata, and sources that are compiled."""
+    folder = ROOT / "packages" / package
+    metadata = _metadata(package)
+    for tool in ("pytest", "ruff", "mypy"):
+        metadata.get("tool", {}).pop(tool, None)
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, default=str).encode())
+    for file in (folder / "CMakeLists.txt", *sorted(folder.glob("csrc/**/*"))):
+        if file.is_file():
+            digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _editable(package: str) -> str:
+    extra = "[test]" if "test" in _metadata(package)["project"].get("optional-dependencies", {}) else ""
+    return f"--editable={ROOT / 'packages' / package}{extra}"
+
+
+def _shared(session: nox.Session) -> str:
+    """Bring the shared environment up to date and return its Python."""
+    python = _executable(SHARED, "python")
+    stamp = SHARED / "installed.json"
+    done: dict[str, str] = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if done.get("python") != sys.version or not Path(python).exists():
+        _create(session, SHARED)
+        done = {"python": sys.version}
+    wanted = {package: _fingerprint(package) for package in PACKAGES} | {"tools": " ".join(TEST_TOOLS)}
+    changed = [name for name, value in wanted.items() if done.get(name) != value]
+    if changed:
+        # In one call, so that an application finds the core it pins among them and not on an index.
+        arguments = [_editable(name) for name in PACKAGES if name in changed]
+        arguments += TEST_TOOLS if "tools" in changed else ()
+        session.run(python, "-m", "pip", "install", *arguments, external=True)
+        stamp.write_text(json.dumps(done | wanted, indent=2) + "\n")
+    # Tests that start console scripts find those of this environment.
+    session.env["PATH"] = os.pathsep.join((str(Path(python).parent), os.environ.get("PATH", "")))
+    return python
+
+
+def _named(session: nox.Session, known: list[str]) -> list[str]:
+    unknown = [name for name in session.posargs if name not in known]
+    if unknown:
+        session.error(f"the names after -- must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return session.posargs or known
+
+
+# ---- running
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Train a small classifier on the CPU and write its figures to demo-output."""
+    session.run(_shared(session), "-m", "gspn_vision.demo", "--out", "demo-output", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def test(session: nox.Session) -> None:
+    """Run the tests of every package and of tools, or of those named after --."""
+    names = _named(session, [*PACKAGES, "tools"])
+    python = _shared(session)
+    for name in names:
+        folder = "tools" if name == "tools" else f"packages/{name}"
+        if any((ROOT / folder / "tests").glob("test_*.py")):
+            with session.chdir(folder):
+                session.run(python, "-m", "pytest", external=True)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Measure the operator; options of `gspn-core bench` go after --."""
+    _shared(session)
+    session.run(_executable(SHARED, "gspn-core"), "bench", *session.posargs, external=True)
+
+
+# ---- checking
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Check style and formatting of Python and C++, and that the packages' versions agree."""
+    session.install(*LINT_TOOLS)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    sources = [
+        str(path.relative_to(ROOT))
+        for path in sorted(ROOT.glob("packages/*/csrc/**/*"))
+        if path.suffix in (".cpp", ".hpp", ".h", ".cu", ".cuh")
+    ]
+    session.run("clang-format", "--dry-run", "-Werror", *sources)
+    session.run("python", "tools/check_versions.py")
+
+
+@nox.session(venv_backend="none")
+def typecheck(session: nox.Session) -> None:
+    """Check types: strictly in gspn-core, ordinarily elsewhere."""
+    python = _shared(session)
+    session.run(python, "-m", "mypy", "--strict", "packages/gspn-core/src", external=True)
+    for name in PACKAGES:
+        if name != "gspn-core":
+            session.run(python, "-m", "mypy", f"packages/{name}/src", external=True)
+    session.run(python, "-m", "mypy", "tools", external=True)
+
+
+@nox.session(venv_backend="none")
+def sanitize(session: nox.Session) -> None:
+    """Run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, GCC)."""
+    if platform.system() != "Linux" or shutil.which("g++") is None:
+        session.skip("needs Linux and g++")
+    python = _shared(session)
+    # Beside the shared environment, which keeps its own build.
+    site = SANITIZED / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    session.run(
+        *(python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)),
+        *("-C", "cmake.define.GSPN_SANITIZE=ON", "-C", "install.strip=false", "-C", f"build-dir={SANITIZED / 'build'}"),
+        "packages/gspn-core",
+        env={"CXX": "g++"},
+        external=True,
+    )
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    libraries = session.run(python, "-c", code, silent=True, external=True)
+    assert isinstance(libraries, str)
+    # libstdc++ comes first too, or AddressSanitizer does not find the function that throws exceptions.
+    preloaded = [
+        str(session.run("g++", f"-print-file-name={name}", silent=True, external=True)).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    env = {
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        # Without site (-S) the hook of the editable installation is not there, and this copy is what is imported.
+        "PYTHONPATH": os.pathsep.join((str(site), libraries.strip())),
+    }
+    code = (
+        "import pathlib, gspn_core._C as c; path = pathlib.Path(c.__file__); "
+        f"assert path.is_relative_to({str(site)!r}) and b'__asan_init' in path.read_bytes(), path"
+    )
+    session.run(python, "-S", "-c", code, env=env, external=True)
+    tests = ROOT / "packages" / "gspn-core" / "tests" / "test_kernels.py"
+    with session.chdir("packages/gspn-core"):
+        # Without capture of the file descriptors, where the sanitizers write just before they end the process.
+        session.run(
+            *(python, "-S", "-m", "pytest", "--capture=sys", str(tests), *session.posargs), env=env, external=True
+        )
+
+
+@nox.session(reuse_venv=True)
+def package(session: nox.Session) -> None:
+    """Build sdists, and wheels from them, into dist; install the wheels into an empty environment and try them."""
+    session.install("build")
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for name in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}")
+    for sdist in dist.glob("*.tar.gz"):
+        with tarfile.open(sdist) as archive:
+            built = [name for name in archive.getnames() if name.endswith((".o", ".so", ".pyc"))]
+        if built:
+            session.error(f"{sdist.name} contains what was built, such as {built[0]}")
+    python = _create(session, INSTALLED)
+    session.run(python, "-m", "pip", "install", *map(str, sorted(dist.glob("*.whl"))), external=True)
+    session.run(python, "-m", "pip", "check", external=True)
+    with session.chdir(dist):  # away from the sources
+        for name in PACKAGES:
+            code = f"import {name.replace('-', '_')} as p; print(p.__file__, p.__version__)"
+            session.run(python, "-W", "error", "-c", code, external=True)
+            for script in _metadata(name)["project"].get("scripts", {}):
+                session.run(_executable(INSTALLED, script), "--help", external=True)
+        session.run(_executable(INSTALLED, "gspn-core"), "info", external=True)
