@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -42,23 +43,39 @@ std::vector<std::string> isas(bool only_supported) {
   return names;
 }
 
+// Reads straight from Python's tuples: a call on a small image would otherwise spend more time on pybind11's
+// conversions than in the kernel.
+int64_t integer(PyObject* value) {
+  const long long number = PyLong_AsLongLong(value);
+  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
+py::tuple item(const py::tuple& tensor, int i) {
+  if (tensor.size() != 3 || !PyTuple_Check(PyTuple_GET_ITEM(tensor.ptr(), i)))
+    throw std::invalid_argument("a tensor must be given as (pointer, shape, strides)");
+  return py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(tensor.ptr(), i));
+}
+
 // (data pointer, shape, strides in elements), or None.
-using TensorArg = std::optional<std::tuple<std::uintptr_t, std::vector<int64_t>, std::vector<int64_t>>>;
+using TensorArg = std::optional<py::tuple>;
 
 // The dimensions a tensor has, of n d c k h w in this order.
 Field field(const TensorArg& tensor, const char* dimensions) {
   Field f;
   if (!tensor) return f;
-  const auto& [pointer, shape, strides] = *tensor;
-  f.data = reinterpret_cast<void*>(pointer);
-  for (std::size_t i = 0; dimensions[i] != '\0'; ++i) {
-    const int64_t stride = strides.at(i);
+  const py::tuple shape = item(*tensor, 1), strides = item(*tensor, 2);
+  const std::size_t rank = std::strlen(dimensions);
+  if (shape.size() != rank || strides.size() != rank) throw std::invalid_argument("a tensor has the wrong rank");
+  f.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tensor->ptr(), 0));
+  for (std::size_t i = 0; i < rank; ++i) {
+    const int64_t stride = integer(PyTuple_GET_ITEM(strides.ptr(), i));
     switch (dimensions[i]) {
       case 'n': f.n = stride; break;
       case 'd': f.d = stride; break;
       case 'c':
         f.c = stride;
-        f.channels = shape.at(i);
+        f.channels = integer(PyTuple_GET_ITEM(shape.ptr(), i));
         break;
       case 'k': f.k = stride; break;
       case 'h': f.row = stride; break;
@@ -89,16 +106,17 @@ Params make_params(const Call& call, const TensorArg& x, const TensorArg& weight
   Params p;
   p.dtype = dtype_of(call.dtype);
   p.stochastic = call.stochastic;
-  const auto& shape = std::get<1>(x.value());
-  p.N = shape.at(0), p.C = shape.at(1), p.H = shape.at(2), p.W = shape.at(3);
+  p.x = field(x, "nchw");
+  const py::tuple shape = item(x.value(), 1);
+  p.N = integer(PyTuple_GET_ITEM(shape.ptr(), 0)), p.C = p.x.channels;
+  p.H = integer(PyTuple_GET_ITEM(shape.ptr(), 2)), p.W = integer(PyTuple_GET_ITEM(shape.ptr(), 3));
   if (call.directions.empty() || call.directions.size() > gspn::kMaxDirections || call.interval < 1)
     throw std::invalid_argument("one to four directions and a positive interval are needed");
   p.D = int(call.directions.size());
   for (int d = 0; d < p.D; ++d) p.directions[d] = static_cast<gspn::Direction>(call.directions[d]);
   p.chunk = call.chunk, p.interval = call.interval, p.threads = call.threads;
-  const bool has_directions = std::get<1>(weights.value()).size() == 6;
+  const bool has_directions = item(weights.value(), 1).size() == 6;
   const char* gate = has_directions ? "ndchw" : "nchw";
-  p.x = field(x, "nchw");
   p.weights = field(weights, has_directions ? "ndckhw" : "nckhw");
   p.lam = field(lam, gate);
   p.u = field(u, gate);
@@ -121,7 +139,7 @@ void backward(const Call& call, const TensorArg& dy, const TensorArg& x, const T
               const TensorArg& u, std::uintptr_t checkpoints, const TensorArg& dx, const TensorArg& dweights,
               const TensorArg& dlam, const TensorArg& du) {
   Params p = make_params(call, x, weights, lam, u, checkpoints);
-  const bool has_directions = std::get<1>(weights.value()).size() == 6;
+  const bool has_directions = item(weights.value(), 1).size() == 6;
   const char* gate = has_directions ? "ndchw" : "nchw";
   p.dy = field(dy, "nchw");
   p.dx = field(dx, "nchw");

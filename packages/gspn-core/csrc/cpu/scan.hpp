@@ -55,7 +55,8 @@ inline void fill_zero(A* p, int64_t count) {
 inline int64_t tile_lines(const Params& p, const Scan& scan) {
   constexpr int64_t kElements = 8192;
   const int64_t fitting = kElements / max64(1, p.interval * scan.length);
-  return p.interval * max64(fitting, scan.horizontal ? 2 : 1);
+  const int64_t lines = p.interval * max64(fitting, scan.horizontal ? 2 : 1);
+  return min64(lines, round_up(scan.lines, p.interval));
 }
 
 inline int64_t most_tile_lines(const Params& p) {

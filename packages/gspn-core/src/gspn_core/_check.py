@@ -12,11 +12,15 @@ from .reference import DIRECTIONS
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_tensors(**arguments: object) -> None:
-    """Raise TypeError unless every argument is a tensor; the dispatcher's own message does not name it so plainly."""
-    for name, argument in arguments.items():
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(argument).__name__}")
+def check_tensors(names: str, *arguments: object, optional: int = 0) -> None:
+    """Raise TypeError unless all arguments are tensors, or None for the last `optional` ones.
+
+    The dispatcher would refuse them too, but its message is about a schema.
+    """
+    required = len(arguments) - optional
+    for i, argument in enumerate(arguments):
+        if not isinstance(argument, Tensor) and (argument is not None or i < required):
+            raise TypeError(f"{names.split()[i]} must be a tensor, got {type(argument).__name__}")
 
 
 def direction_index(direction: str, argument: str = "direction") -> int:
@@ -28,6 +32,8 @@ def direction_index(direction: str, argument: str = "direction") -> int:
 
 def direction_indices(directions: Sequence[str]) -> list[int]:
     """Return the numbers of the directions."""
+    if directions is DIRECTIONS:
+        return [0, 1, 2, 3]
     if isinstance(directions, str):
         raise TypeError(f"directions must be a sequence of direction names, got the string {directions!r}")
     return [direction_index(direction, "directions") for direction in directions]
@@ -56,12 +62,14 @@ def check_propagate(
     _check_image(x)
     _check_chunk_size(chunk_size)
     n, c, h, w = x.shape
-    _check_like(x, logits, "logits", 6, "(N, D, G, 3, H, W)", (n, count, None, 3, h, w))
-    _check_groups("logits", "G", logits.shape[2], c)
+    groups = logits.shape[2] if logits.dim() == 6 else 1
+    _check_like(x, logits, "logits", "(N, D, G, 3, H, W)", (n, count, groups, 3, h, w))
+    _check_groups("logits", "G", groups, c)
     for gate, name in ((lam, "lam"), (u, "u")):
         if gate is not None:
-            _check_like(x, gate, name, 5, "(N, D, C', H, W)", (n, count, None, h, w))
-            _check_groups(name, "C'", gate.shape[2], c)
+            channels = gate.shape[2] if gate.dim() == 5 else 1
+            _check_like(x, gate, name, "(N, D, C', H, W)", (n, count, channels, h, w))
+            _check_groups(name, "C'", channels, c)
 
 
 def check_line_scan(x: Tensor, weights: Tensor, lam: Tensor | None, direction: int, chunk_size: int | None) -> None:
@@ -71,11 +79,13 @@ def check_line_scan(x: Tensor, weights: Tensor, lam: Tensor | None, direction: i
     _check_image(x)
     _check_chunk_size(chunk_size)
     n, c, h, w = x.shape
-    _check_like(x, weights, "weights", 5, "(N, G, 3, H, W)", (n, None, 3, h, w))
-    _check_groups("weights", "G", weights.shape[1], c)
+    groups = weights.shape[1] if weights.dim() == 5 else 1
+    _check_like(x, weights, "weights", "(N, G, 3, H, W)", (n, groups, 3, h, w))
+    _check_groups("weights", "G", groups, c)
     if lam is not None:
-        _check_like(x, lam, "lam", 4, "(N, C', H, W)", (n, None, h, w))
-        _check_groups("lam", "C'", lam.shape[1], c)
+        channels = lam.shape[1] if lam.dim() == 4 else 1
+        _check_like(x, lam, "lam", "(N, C', H, W)", (n, channels, h, w))
+        _check_groups("lam", "C'", channels, c)
 
 
 def check_logits(logits: Tensor, directions: Sequence[int]) -> None:
@@ -122,20 +132,15 @@ def _check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size}")
 
 
-def _check_like(x: Tensor, t: Tensor, name: str, rank: int, legend: str, shape: tuple[int | None, ...]) -> None:
+def _check_like(x: Tensor, t: Tensor, name: str, legend: str, shape: tuple[int, ...]) -> None:
     if t.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
-    got = t.shape
-    if len(got) == rank:
-        for size, expected in zip(got, shape, strict=True):
-            if expected is not None and size != expected:
-                break
-        else:
-            return
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
-    raise ValueError(f"{name} must have shape {legend} = ({wanted}), got {tuple(got)}")
+    if t.shape != shape:
+        letters = legend.strip("()").split(", ")
+        wanted = ", ".join("any" if s in ("G", "C'") else str(n) for s, n in zip(letters, shape, strict=True))
+        raise ValueError(f"{name} must have shape {legend} = ({wanted}), got {tuple(t.shape)}")
 
 
 def _check_groups(name: str, letter: str, groups: int, channels: int) -> None:

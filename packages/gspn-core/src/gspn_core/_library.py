@@ -208,15 +208,16 @@ def _register_autograd(op: Any, function: type[torch.autograd.Function], needs_s
     """Differentiate op by function; the states are saved where one of the arguments at these places has a gradient."""
     tensors = 4 if op is propagate else 3
 
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
-            options = (*args[tensors:], None, False)[:2]  # the dispatcher drops trailing defaults
-            save = args[-1] is True or any(args[i] is not None and args[i].requires_grad for i in needs_states)
-            return function.apply(*args[:tensors], *options, save)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+    def autograd(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            needed = [t is not None and t.requires_grad for t in args[:tensors]]
+            if True in needed:
+                options = (*args[tensors:], None, False)[:2]  # the dispatcher drops trailing defaults
+                save = args[-1] is True or any(needed[i] for i in needs_states)
+                return function.apply(*args[:tensors], *options, save)
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
-    library.impl(_name_of(op), autograd, "Autograd")
+    library.impl(_name_of(op), autograd, "Autograd", with_keyset=True)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

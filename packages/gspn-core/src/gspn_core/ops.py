@@ -65,7 +65,7 @@ def propagate(
         ValueError: a shape, a device, a direction or the chunk size does not fit; the message names it.
         TypeError: a dtype is not floating or differs from that of x.
     """
-    _check.check_tensors(x=x, logits=logits, lam=x if lam is None else lam, u=x if u is None else u)
+    _check.check_tensors("x logits lam u", x, logits, lam, u, optional=2)
     y: Tensor = _library.propagate(x, logits, lam, u, _check.direction_indices(directions), chunk_size)[0]
     return y
 
@@ -93,7 +93,7 @@ def line_scan(
         ValueError: a shape, a device, the direction or the chunk size does not fit; the message names it.
         TypeError: a dtype is not floating or differs from that of x.
     """
-    _check.check_tensors(x=x, weights=weights, lam=x if lam is None else lam)
+    _check.check_tensors("x weights lam", x, weights, lam, optional=1)
     h: Tensor = _library.line_scan(x, weights, lam, _check.direction_index(direction), chunk_size)[0]
     return h
 
@@ -117,6 +117,6 @@ def row_stochastic(logits: Tensor, *, directions: Sequence[str] = DIRECTIONS) ->
         ValueError: the shape does not fit the directions, or a direction is unknown.
         TypeError: the dtype is not floating.
     """
-    _check.check_tensors(logits=logits)
+    _check.check_tensors("logits", logits)
     _check.check_logits(logits, _check.direction_indices(directions))
     return reference.row_stochastic(logits, directions=directions)
