@@ -1,0 +1,212 @@
+"""The command `gspn-vision`: train, validate, predict, visualize."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__, config
+
+
+def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="folder of a run or of one checkpoint")
+    parser.add_argument(
+        "--which",
+        choices=("best", "latest"),
+        default="best",
+        help="checkpoint of a run (default: best)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "model", "ema"),
+        default="auto",
+        help="averaged weights or plain ones (default: averaged if there are any)",
+    )
+
+
+def _unreadable_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--unreadable",
+        choices=("skip", "stop"),
+        default="stop",
+        help="what to do with an image that cannot be read (default: stop)",
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gspn-vision", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a model, or continue a run")
+    train.add_argument("--config", help="preset or YAML file; options given here come on top")
+    train.add_argument("--presets", action="store_true", help="list the presets and stop")
+    config.add_arguments(train)
+
+    validate = commands.add_parser("validate", help="measure a checkpoint on a data set")
+    _checkpoint_options(validate)
+    validate.add_argument("--data", help="data set (default: the one it was trained with)")
+    validate.add_argument("--data-root", help="folder that a timm data set is stored in")
+    validate.add_argument("--split", help="split of the data (default: the validation split)")
+    validate.add_argument("--batch-size", type=int, default=128, help="images per batch (default: 128)")
+    validate.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    validate.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    validate.add_argument("--predictions", help="CSV file to write every image's prediction to")
+    validate.add_argument("--json", action="store_true", help="print JSON, with the confusion matrix")
+    _unreadable_option(validate)
+
+    predict = commands.add_parser("predict", help="name the likeliest classes of images")
+    predict.add_argument(
+        "images",
+        nargs="+",
+        help="image files, folders of them, or digits:N for number N of scikit-learn's digits",
+    )
+    _checkpoint_options(predict)
+    predict.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    predict.add_argument("--json", action="store_true", help="print JSON")
+    _unreadable_option(predict)
+
+    visualize = commands.add_parser("visualize", help="draw where a pixel's information goes")
+    visualize.add_argument("image", help="a photograph, or digits:N")
+    _checkpoint_options(visualize)
+    visualize.add_argument("--output", default="propagation.png", help="PNG to write (default: %(default)s)")
+    visualize.add_argument(
+        "--pixel",
+        nargs=2,
+        type=int,
+        metavar=("ROW", "COLUMN"),
+        help="in the photograph (default: centre)",
+    )
+    visualize.add_argument("--layer", help="layer to show (default: the first that scans the whole map)")
+    visualize.add_argument("--list-layers", action="store_true", help="list the layers and stop")
+    visualize.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="resize the photograph (default: its own size)",
+    )
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if arguments.presets:
+        print("\n".join(config.preset_names()))
+        return
+    options = config.from_arguments(arguments.config, vars(arguments))
+    from .train import Trainer
+
+    trainer = Trainer(options)
+    summary = trainer.run()
+    if trainer.accelerator.is_main_process:
+        print(json.dumps(summary))
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from .evaluate import validate, write_predictions
+
+    metrics, predictions, source, class_names = validate(
+        arguments.checkpoint,
+        data=arguments.data,
+        data_root=arguments.data_root,
+        split=arguments.split,
+        which=arguments.which,
+        weights=arguments.weights,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        unreadable=arguments.unreadable,
+        cpu=arguments.cpu,
+        progress=sys.stderr.isatty(),
+    )
+    if not PartialState().is_main_process:
+        return
+    if arguments.predictions:
+        write_predictions(Path(arguments.predictions), predictions, source, class_names)
+    values: dict[str, Any] = {
+        "top1": metrics.top1,
+        "top5": metrics.top5,
+        "loss": metrics.loss,
+        "images": metrics.images,
+    }
+    if arguments.json:
+        values |= {"class_names": class_names, "confusion": metrics.confusion.tolist()}
+        print(json.dumps(values))
+        return
+    print(f"top-1 {metrics.top1:.2f}%, top-5 {metrics.top5:.2f}%, loss {metrics.loss:.4f}, {metrics.images} images")
+    wrong = metrics.confusion.clone().fill_diagonal_(0)
+    for place in wrong.flatten().argsort(descending=True, stable=True)[:5].tolist():
+        truth, guess = divmod(place, len(class_names))
+        if wrong[truth, guess]:
+            print(f"  {int(wrong[truth, guess])} x {class_names[truth]} taken for {class_names[guess]}")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from .checkpoint import load_model
+    from .data import Unreadable
+    from .predict import as_dict, as_text, predict
+
+    model, preprocessing, state = load_model(arguments.checkpoint, which=arguments.which, weights=arguments.weights)
+    guesses = predict(
+        model,
+        preprocessing,
+        state["class_names"],
+        arguments.images,
+        top=arguments.top,
+        unreadable=Unreadable(arguments.unreadable),
+    )
+    if arguments.json:
+        print(json.dumps([as_dict(guess) for guess in guesses]))
+        return
+    for guess in guesses:
+        print(as_text(guess))
+
+
+def _visualize(arguments: argparse.Namespace) -> None:
+    from .checkpoint import load_model
+    from .predict import open_image
+    from .visualize import draw, heat_maps, layers
+
+    model, preprocessing, state = load_model(arguments.checkpoint, which=arguments.which, weights=arguments.weights)
+    if arguments.list_layers:
+        print("\n".join(layers(model)))
+        return
+    result = heat_maps(
+        model,
+        preprocessing,
+        open_image(arguments.image)[0],
+        pixel=arguments.pixel,
+        layer=arguments.layer,
+        size=arguments.size,
+    )
+    draw(result, arguments.output, title=f"{state['model']['name']} on {Path(arguments.image).name}")
+    print(arguments.output)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "train": _train,
+    "validate": _validate,
+    "predict": _predict,
+    "visualize": _visualize,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after an error of the user's, or 1 if the training diverged."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _COMMANDS[arguments.command](arguments)
+    except (ValueError, FileNotFoundError, ArithmeticError) as error:
+        # An error in a loader process comes with its traceback; its own line is the last.
+        print(f"gspn-vision: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Validation: top-1, top-5, loss and the confusion matrix, with each image counted exactly once."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.utils import accuracy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .checkpoint import load_model
+from .data import Batch, Samples, Source, Unreadable, open_source, validation_loader
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class Metrics:
+    """Results over a data set: percentages, the mean cross-entropy, and confusion[truth, prediction] counts."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    confusion: Tensor
+
+
+class Prediction(NamedTuple):
+    """What the model says of one image of a data set."""
+
+    item: int
+    target: int
+    predicted: int
+    probability: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader[Batch],
+    accelerator: Accelerator,
+    classes: int,
+    unreadable: Unreadable,
+    *,
+    progress: bool = False,
+    predictions: list[Prediction] | None = None,
+) -> Metrics:
+    """Run the model over a loader and add up the results of all processes.
+
+    Args:
+        model: in any mode; is in evaluation mode afterwards.
+        loader: this process's share of the images.
+        accelerator: for the device, mixed precision and the sum over processes.
+        classes: of the head; top-5 is top-k of at most as many.
+        unreadable: what to do with unreadable images.
+        progress: show a bar.
+        predictions: a list to append the predictions of all processes to, in the order of the data.
+
+    Raises:
+        ValueError: there is not one readable image.
+    """
+    model.eval()
+    top = min(5, classes)
+    sums = torch.zeros(4, dtype=torch.float64)
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    own: list[Prediction] = []
+    for batch in tqdm(loader, "validate", disable=not progress, leave=False, unit="batch"):
+        unreadable.note(batch.unreadable)
+        count = len(batch.targets)
+        if count == 0:
+            continue
+        targets = batch.targets.to(accelerator.device, non_blocking=True)
+        with accelerator.autocast():
+            logits = model(batch.images.to(accelerator.device, non_blocking=True))
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        right1, right5 = accuracy(logits, targets, topk=(1, top))
+        sums += torch.tensor(
+            [
+                loss.item(),
+                *(round(right.item() * count / 100) for right in (right1, right5)),
+                count,
+            ],
+            dtype=torch.float64,
+        )
+        probability, predicted = logits.softmax(1).max(1)
+        pairs = (batch.targets * classes + predicted.cpu()).bincount(minlength=classes * classes)
+        confusion += pairs.view(classes, classes)
+        rows = zip(batch.items, batch.targets, predicted, probability, strict=True)
+        own += [Prediction(int(i), int(target), int(guess), float(p)) for i, target, guess, p in rows]
+    if predictions is not None:
+        predictions += sorted(gather_object(own))
+    total: Any = accelerator.reduce(sums.float().to(accelerator.device), "sum")
+    matrix: Any = accelerator.reduce(confusion.to(accelerator.device), "sum")
+    loss_sum, right1, right5, images = total.tolist()
+    if images == 0:
+        raise ValueError("there is not one readable image to validate on")
+    return Metrics(
+        top1=100 * right1 / images,
+        top5=100 * right5 / images,
+        loss=loss_sum / images,
+        images=int(images),
+        confusion=matrix.cpu(),
+    )
+
+
+def validate(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    split: str | None = None,
+    which: str = "best",
+    weights: str = "auto",
+    batch_size: int = 128,
+    workers: int = 0,
+    unreadable: str = "stop",
+    cpu: bool = False,
+    progress: bool = False,
+) -> tuple[Metrics, list[Prediction], Source, list[str]]:
+    """Validate a checkpoint, on the data that it was trained with unless told otherwise.
+
+    Returns:
+        The metrics, the predictions in the order of the data, the data, and the class names.
+    """
+    model, preprocessing, state = load_model(checkpoint, which=which, weights=weights)
+    source = open_source(
+        data or state["data"]["name"],
+        split or state["data"]["val_split"],
+        root=data_root or state["data"]["root"],
+        class_names=state["class_names"],
+    )
+    accelerator = Accelerator(cpu=cpu)
+    policy = Unreadable(unreadable)
+    loader = validation_loader(
+        Samples(source, preprocessing.transform(), preprocessing.mode),
+        batch_size,
+        workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    predictions: list[Prediction] = []
+    metrics = evaluate(
+        model.to(accelerator.device),
+        loader,
+        accelerator,
+        len(state["class_names"]),
+        policy,
+        progress=progress,
+        predictions=predictions,
+    )
+    policy.report()
+    return metrics, predictions, source, state["class_names"]
+
+
+def write_predictions(path: Path, predictions: list[Prediction], source: Source, class_names: list[str]) -> None:
+    """Write one row per image: its name, true and predicted class, and the latter's probability."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "truth", "prediction", "probability"])
+        for p in predictions:
+            name = source.name(p.item)
+            writer.writerow([name, class_names[p.target], class_names[p.predicted], f"{p.probability:.6f}"])

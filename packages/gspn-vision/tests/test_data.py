@@ -1,0 +1,196 @@
+import shutil
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from vision_cases import write_images
+
+from gspn_vision import data
+from gspn_vision.config import make_config
+from gspn_vision.data import Preprocessing, Samples, Unreadable, UnreadableImageError, open_source
+from gspn_vision.sampling import EpochBatches, derive_seed
+
+GREY = Preprocessing(in_chans=1, size=(32, 32), mean=(0.5,), std=(0.5,), interpolation="bilinear", crop_pct=1.0)
+
+
+def test_digits_are_split_once_for_all():
+    train, validation = open_source("digits", "train"), open_source("digits", "validation")
+    assert (len(train), len(validation)) == (1437, 360)
+    assert not {train.name(i) for i in range(1437)} & {validation.name(i) for i in range(360)}
+    counts = np.bincount([validation[i][1] for i in range(360)])
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    assert validation.name(0) == "digits:21"
+    assert validation[0][1] == load_digits().target[21]
+    with pytest.raises(ValueError, match="digits has the splits 'train' and 'validation', got 'test'"):
+        open_source("digits", "test")
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 1), (4, 1, 1), (1, 1, 4), (1, 4, 1), (2, 2, 1)])
+def test_batches_are_the_same_images_however_they_are_split(sizes):
+    """Processes, accumulation and batch size may change; the images of an update must not."""
+    world, accumulate, _ = sizes
+    batch = 8 // (world * accumulate)
+    updates: list[set] = [set() for _ in range(5)]
+    for rank in range(world):
+        sampler = EpochBatches(43, batch, accumulate=accumulate, seed=3, rank=rank, world_size=world)
+        sampler.set_position(2, 0)
+        assert len(sampler) == 5 * accumulate
+        for number, indices in enumerate(sampler):
+            updates[number // accumulate] |= set(indices)
+    reference = EpochBatches(43, 8, seed=3)
+    reference.set_position(2, 0)
+    assert updates == [set(indices) for indices in reference]
+    assert all(len(update) == 8 for update in updates)
+    assert len(set().union(*updates)) == 40
+
+
+def test_batches_continue_where_they_were():
+    sampler = EpochBatches(100, 10, seed=1)
+    whole = list(sampler)
+    sampler.set_position(0, 7)
+    assert list(sampler) == whole[7:]
+    sampler.set_position(1, 0)
+    assert sorted(i for b in sampler for _, i in b) == sorted(i for b in whole for _, i in b)
+    assert [[i for _, i in b] for b in sampler] != [[i for _, i in b] for b in whole]
+
+
+def test_too_little_data_for_an_update():
+    with pytest.raises(ValueError, match=r"must fill one update of 64 images .*, got 40"):
+        EpochBatches(40, 16, accumulate=2, world_size=2)
+
+
+def test_seeds_depend_on_every_counter_and_their_order():
+    seeds = {derive_seed(*c) for c in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0), (1, 2, 3), (3, 2, 1)]}
+    assert len(seeds) == 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_depends_on_epoch_and_image_alone(workers):
+    options = make_config(
+        {"in_chans": 1, "image_size": 32, "auto_augment": "rand-m9-mstd0.5", "random_erasing": 0.5, "hflip": 0.5}
+    )
+    samples = Samples(open_source("digits", "train"), GREY.training_transform(options), "L", seed=5)
+    batches = EpochBatches(len(samples), 16, seed=5)
+    batches.set_position(3, 80)
+    loader = data.training_loader(samples, batches, workers, False)
+    torch.manual_seed(workers)
+    for batch in loader:
+        for image, item in zip(batch.images, batch.items.tolist(), strict=True):
+            assert torch.equal(image, samples[3, item].image)
+    # samples[4, ...] of the same image differ
+    assert not torch.equal(samples[3, 0].image, samples[4, 0].image)
+
+
+def test_folder(image_folder):
+    train = open_source(str(image_folder), "train")
+    assert train.class_names == ["blue", "green", "red"]
+    assert len(train) == 18
+    assert train[0][1] == 0
+    assert train.name(0).endswith("train/blue/0.png")
+    # A class without validation images keeps the others' numbers.
+    shutil.rmtree(image_folder / "val" / "blue")
+    (image_folder / "val").rename(image_folder / "validation")
+    validation = open_source(str(image_folder), "validation", class_names=train.class_names)
+    assert [validation[i][1] for i in (0, 6)] == [1, 2]
+
+
+def test_bad_folders(image_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*absent'; data must be"):
+        open_source(str(tmp_path / "absent"), "train")
+    with pytest.raises(FileNotFoundError, match="no folder 'test' in"):
+        open_source(str(image_folder), "test")
+    with pytest.raises(ValueError, match="has 3 classes, more than the 2 of the head"):
+        open_source(str(image_folder), "validation", class_names=["green", "red"])
+    with pytest.raises(ValueError, match="classes that the training data or the checkpoint has not: blue"):
+        open_source(str(image_folder), "validation", class_names=["green", "red", "white"])
+    (image_folder / "train" / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no valid file for the classes empty"):
+        open_source(str(image_folder), "train")
+
+
+def test_timm_data_sets(image_folder, tmp_path):
+    source = open_source("torch/image_folder", "train", root=str(image_folder))
+    assert source.class_names == ["blue", "green", "red"]
+    image, label = source[17]
+    assert (image.size, label, source.name(17)) == ((36, 40), 2, "torch/image_folder:17")
+    with pytest.raises(ValueError, match="cannot open the data set 'torch/nonsense'"):
+        open_source("torch/nonsense", "train", root=str(tmp_path))
+    with pytest.raises(ValueError, match="10 classes, more than the 2 of the head"):
+        open_source("digits", "validation", class_names=["0", "1"])
+
+
+def test_a_reader_of_timm_does_not_hide_unreadable_images(image_folder):
+    from timm.data import create_dataset
+
+    (image_folder / "train" / "red" / "0.png").write_bytes(b"broken")
+    source = data.TimmSource(create_dataset("", root=str(image_folder), split="train"), "folder")
+    assert source.class_names == ["blue", "green", "red"]
+    broken = next(i for i in range(18) if source.name(i).endswith("red/0.png"))
+    with pytest.raises(UnreadableImageError, match=r"cannot read image 'red/0.png': not an image"):
+        source[broken]
+
+
+def test_streams_are_refused():
+    class Stream:
+        def __iter__(self):
+            return iter([])
+
+    with pytest.raises(ValueError, match=r"must have random access, .*; 'hfids/x' is a stream"):
+        data.TimmSource(Stream(), "hfids/x")
+
+
+def test_unreadable_images(image_folder, capsys):
+    truncated = image_folder / "val" / "green" / "2.png"
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    (image_folder / "val" / "blue" / "1.png").write_text("not an image")
+    prep = Preprocessing(
+        in_chans=3, size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0
+    )
+    samples = Samples(open_source(str(image_folder), "validation"), prep.transform(), prep.mode)
+    policy = Unreadable("skip")
+    seen = []
+    for batch in data.validation_loader(samples, 4, 0):
+        policy.note(batch.unreadable)
+        seen += batch.items.tolist()
+    assert seen == [i for i in range(18) if i not in (1, 8)]
+    policy.report()
+    text = capsys.readouterr().err
+    assert "blue/1.png': not an image" in text
+    assert "green/2.png'" in text
+    assert text.endswith("skipped 2 unreadable image(s)\n")
+    # Training takes the next readable image instead.
+    sample = samples[0, 1]
+    assert sample.item == 2
+    assert "blue/1.png" in sample.unreadable[0]
+    with pytest.raises(UnreadableImageError, match=r"blue/1.png': not an image"):
+        Unreadable("stop").note(sample.unreadable)
+
+
+def test_nothing_readable(tmp_path):
+    folder = write_images(tmp_path / "images", {"red": 2})
+    for file in (folder / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    samples = Samples(open_source(str(folder), "train"), GREY.transform(), "L")
+    with pytest.raises(UnreadableImageError, match="none of the 2 images can be read"):
+        samples[0, 0]
+
+
+def test_every_process_validates_its_own_share():
+    samples = Samples(open_source("digits", "validation"), GREY.transform(), "L")
+    shares = [
+        [i for batch in data.validation_loader(samples, 64, 0, rank=rank, world_size=3) for i in batch.items.tolist()]
+        for rank in range(3)
+    ]
+    assert sorted(chain(*shares)) == list(range(360))
+
+
+def test_preprocessing():
+    image = Image.new("L", (8, 8), 255)
+    x = GREY.transform()(image)
+    assert x.shape == (1, 32, 32)
+    torch.testing.assert_close(x, torch.ones(1, 32, 32))
+    assert Preprocessing.from_dict({**vars(GREY), "size": [32, 32], "mean": [0.5], "std": [0.5]}) == GREY

@@ -1,0 +1,214 @@
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from vision_cases import TINY, tiny_run, write_images
+
+from gspn_vision import checkpoint
+from gspn_vision.config import make_config
+from gspn_vision.logs import read_table
+from gspn_vision.train import NonFiniteLossError, Trainer, train
+
+
+class Killed(BaseException):
+    """Stands for the process being killed."""
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Assert that two runs ended with the same bits and the same tables, but for speeds."""
+    a, b = (checkpoint.locate(folder, "latest") for folder in (one, other))
+    assert a.name == b.name
+    for stem in ("model", "ema", "optimizer"):
+        left, right = load_file(a / f"{stem}.safetensors"), load_file(b / f"{stem}.safetensors")
+        assert left.keys() == right.keys()
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{stem} {key}"
+    states = [checkpoint.read_state(path) for path in (a, b)]
+    for state in states:
+        for key in ("out", "workers", "checkpoint_every"):
+            del state["config"][key]
+    assert states[0] == states[1]
+    index = [checkpoint.read_index(folder / "checkpoints") for folder in (one, other)]
+    assert index[0] == index[1]
+    for table in ("steps.csv", "epochs.csv"):
+        rows = [read_table(folder / table) for folder in (one, other)]
+        for row in rows[0] + rows[1]:
+            row.pop("images_per_second", None)
+        assert rows[0] == rows[1]
+        assert rows[0]
+
+
+def test_a_run(tiny_options, tmp_path):
+    summary = train(make_config({**tiny_options, "tensorboard": True}))
+    run = tmp_path / "run"
+    assert summary["steps"] == 8
+    assert summary["folder"] == str(run)
+    assert make_config(yaml.safe_load((run / "config.yaml").read_text())).model_kwargs == TINY
+    rows = read_table(run / "steps.csv")
+    assert [(row["step"], row["epoch"]) for row in rows] == [("3", "1"), ("6", "2")]
+    # Linear warm-up over the 4 updates of the first epoch, then cosine; update 3 is the third, counted from 0.
+    assert float(rows[0]["lr"]) == pytest.approx(1e-6 + (1e-3 - 1e-6) * 2 / 4)
+    assert float(rows[1]["lr"]) == pytest.approx(1e-6 + 0.5 * (1e-3 - 1e-6) * (1 + math.cos(math.pi * 5 / 8)))
+    epochs = read_table(run / "epochs.csv")
+    assert [row["step"] for row in epochs] == ["4", "8"]
+    assert float(epochs[1]["top1"]) == summary["top1"]
+    assert summary["best_top1"] == max(float(row["top1"]) for row in epochs)
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    state = checkpoint.read_state(checkpoint.locate(run, "latest"))
+    assert (state["step"], state["epoch"], state["update"], state["processes"]) == (8, 2, 0, 1)
+    # A finished run is not trained further.
+    before = checkpoint.read_index(run / "checkpoints")
+    assert train(make_config(tiny_options))["steps"] == 8
+    assert checkpoint.read_index(run / "checkpoints") == before
+
+
+@pytest.fixture(scope="module")
+def whole_run(training_folder, tmp_path_factory) -> tuple[dict, Path]:
+    """A run of 8 updates without interruption, and its options."""
+    folder = tmp_path_factory.mktemp("whole")
+    deeper = {"model_kwargs": {**TINY, "depths": [1, 1, 2, 1]}, "batch_size": 6, "accumulate": 2}
+    options = tiny_run(training_folder) | deeper
+    train(make_config({**options, "out": str(folder / "run")}))
+    return options, folder / "run"
+
+
+@pytest.mark.parametrize("update", [1, 3, 4, 6])
+def test_an_interrupted_run_ends_with_the_same_bits(whole_run, tmp_path, monkeypatch, update):
+    """Stopped within an update, with checkpoints every 2, and continued with another number of loader processes."""
+    options, whole = whole_run
+    options = {**options, "out": str(tmp_path / "run"), "checkpoint_every": 2}
+    trainer = Trainer(make_config(options))
+    step = Trainer._update_weights
+
+    def interrupted(self, batches):
+        loss = step(self, batches)
+        if self.step > update:
+            raise Killed
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update_weights", interrupted)
+        with pytest.raises(Killed):
+            trainer.run()
+    workers = 2 if update == 3 else 0
+    continued = Trainer(make_config({**options, "workers": workers}))
+    assert continued.step == update // 2 * 2
+    torch.manual_seed(update)  # generators are in no particular state when a run is continued
+    continued.run()
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(whole_run, tmp_path):
+    options, whole = whole_run
+    options = {**options, "out": str(tmp_path / "run"), "checkpoint_every": 1, "workers": 1}
+    file = tmp_path / "options.yaml"
+    file.write_text(yaml.safe_dump(options))
+    command = [sys.executable, "-m", "gspn_vision.cli", "train", "--config", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    delays = [random.uniform(0, 1.5) for _ in range(2)]
+    print("killed after", delays, "seconds")  # shown if the test fails
+    index = tmp_path / "run" / "checkpoints" / "index.json"
+    for delay in delays:
+        before = index.read_text() if index.exists() else ""
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        while process.poll() is None and (index.read_text() if index.exists() else "") == before:
+            time.sleep(0.01)
+        time.sleep(delay)
+        # The whole session, or loader processes would outlive their parent for a while.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_accumulation_equals_a_larger_batch(tiny_options, tmp_path):
+    plain = {"mixup": 0, "cutmix": 0, "drop_rate": 0, "drop_path_rate": 0, "optimizer": "sgd", "lr": 1e-3}
+    for name, sizes in {"one": (12, 1), "four": (3, 4)}.items():
+        out = {"out": str(tmp_path / name), "batch_size": sizes[0], "accumulate": sizes[1]}
+        train(make_config(tiny_options | plain | out))
+    one, four = (load_file(checkpoint.locate(tmp_path / n, "latest") / "model.safetensors") for n in ("one", "four"))
+    torch.testing.assert_close(one, four, rtol=0, atol=2e-6)
+
+
+def test_a_non_finite_loss_stops_the_run(tiny_options):
+    options = make_config({**tiny_options, "checkpoint_every": 2, "epochs": 4})
+    trainer = Trainer(options)
+    step = Trainer._update_weights
+
+    def poisoned(batches):
+        if trainer.step == 5:
+            trainer.bare_model.head.fc.bias.data.fill_(float("nan"))
+        return step(trainer, batches)
+
+    trainer._update_weights = poisoned
+    expected = r"the loss is nan at step 6 with learning rate 0\.000\d+; last good checkpoint: .*step-00000004$"
+    with pytest.raises(NonFiniteLossError, match=expected):
+        trainer.run()
+    assert checkpoint.read_state(checkpoint.locate(options.folder, "latest"))["step"] == 4
+
+
+def test_a_diverging_run_is_stopped(tiny_options):
+    wild = {"lr": 1e30, "optimizer": "sgd", "ema_decay": 0, "warmup_epochs": 0}
+    with pytest.raises(NonFiniteLossError, match=r"at step [23] with learning rate \S+; last good checkpoint: none"):
+        train(make_config(tiny_options | wild))
+
+
+def test_the_learning_rate_is_scaled(tiny_options):
+    trainer = Trainer(make_config({**tiny_options, "lr": 1e-3, "lr_batch": 24}))
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(5e-4)
+
+
+def test_a_continuation_with_other_options_is_refused(tiny_options):
+    train(make_config({**tiny_options, "epochs": 2}))
+    cases = {
+        "lr must be 0.001 to continue the run in .*, got 0.002": {"lr": 2e-3},
+        "holds a checkpoint of another model: gspn2_nano, not gspn_nano": {"model": "gspn_nano"},
+        "images per update .* must be 12 to continue .*, got 6": {"batch_size": 6},
+        "resume is 'never' but .* already holds a run": {"resume": "never"},
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=message):
+            Trainer(make_config(tiny_options | change))
+    Trainer(make_config(tiny_options | {"batch_size": 6, "accumulate": 2, "workers": 1}))
+
+
+def test_unreadable_images_in_training(tiny_options, tmp_path, capsys):
+    folder = write_images(tmp_path / "images", {"red": 8, "green": 8})
+    (folder / "train" / "red" / "3.png").write_bytes(b"broken")
+    change = {"data": str(folder), "batch_size": 8, "out": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=r"cannot read image '.*red/3\.png': not an image"):
+        train(make_config(tiny_options | change))
+    summary = train(make_config(tiny_options | change | {"unreadable": "skip"}))
+    assert summary["steps"] == 4
+    text = capsys.readouterr().err
+    assert text.count("red/3.png") == 1
+    assert "skipped 1 unreadable image(s)" in text
+
+
+def test_bad_runs_write_nothing(tiny_options, tmp_path):
+    cases = {
+        "unknown model 'gspn9'": {"model": "gspn9"},
+        "optimizer 'adamx' cannot be made": {"optimizer": "adamx"},
+        "no folder 'absent'": {"data": "absent"},
+        "must fill one update of 6400 images": {"batch_size": 6400},
+        "model_kwargs do not suit gspn2_nano": {"model_kwargs": {"tokens": 3}},
+    }
+    for message, change in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(make_config(tiny_options | change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_timm_model_trains(tiny_options):
+    options = {"model": "test_convnext", "model_kwargs": {}, "grad_checkpointing": True}
+    assert train(make_config(tiny_options | options))["steps"] == 8
