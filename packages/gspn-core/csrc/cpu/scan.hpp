@@ -119,16 +119,16 @@ class Prefetcher {
   }
   template <class S>
   void add(Plane<const S> plane, const Scan& scan) {
-    if (!active_ || count_ == kMost) return;
+    const int64_t line = max64(plane.line, -plane.line);
+    const bool rows_are_dense = (scan.horizontal ? line : plane.position) == 1;
+    if (!active_ || !rows_are_dense || count_ == kMost) return;
     const int64_t low = plane.line < 0 ? next_ + lines_ - 1 : next_;
     const char* data = reinterpret_cast<const char*>(plane.from_line(low).data);
-    const int64_t line = max64(plane.line, -plane.line);
     if (scan.horizontal)
-      pieces_[count_++] = {data, scan.length, (lines_ * line) * int64_t(sizeof(S)),
-                           plane.position * int64_t(sizeof(S))};
+      pieces_[count_++] = {data, scan.length, lines_ * int64_t(sizeof(S)), plane.position * int64_t(sizeof(S))};
     else
-      pieces_[count_++] = {data + (lines_ - 1) * line * int64_t(sizeof(S)), lines_,
-                           scan.length * plane.position * int64_t(sizeof(S)), -line * int64_t(sizeof(S))};
+      pieces_[count_++] = {data + (lines_ - 1) * line * int64_t(sizeof(S)), lines_, scan.length * int64_t(sizeof(S)),
+                           -line * int64_t(sizeof(S))};
   }
   // The slice that goes with line t of the current tile. Inlined by force: GCC takes a function of nothing but
   // prefetches for one without effects and drops its calls.
