@@ -76,24 +76,24 @@ class GateGradient {
   GateGradient(const Params& p, const Field& gate, const Field& gradient, const Field& partial, int64_t capacity)
       : p_(p), gate_(gate), gradient_(gradient), partial_(partial), sums_(gradient ? capacity : 0) {}
 
-  void begin(const Scan& scan, int64_t n, int64_t d, int64_t c, int64_t i0, int64_t lines, int64_t pitch) {
+  void begin(const Scan& scan, int64_t n, int64_t d, int64_t c, const Span& span) {
     if (!gradient_ || shared_channel(p_, gate_, c) == channel_) return;
     flush();
-    scan_ = scan, n_ = n, d_ = d, i0_ = i0, lines_ = lines, pitch_ = pitch;
+    scan_ = scan, n_ = n, d_ = d, span_ = span;
     channel_ = shared_channel(p_, gate_, c);
-    fill_zero(sums_.get(), lines * pitch);
+    fill_zero(sums_.get(), span.lines * span.pitch);
   }
   void add(int64_t t, const A* a, const A* b) {
-    if (gradient_) accumulate_product_line(a, b, sums_.get() + t * pitch_, scan_.length);
+    if (gradient_) accumulate_product_line(a, b, sums_.get() + t * span_.pitch, scan_.length);
   }
   void flush() {
     if (!gradient_ || channel_ < 0) return;
-    const Tile<A> tile{sums_.get(), pitch_};
+    const Tile<A> tile{sums_.get(), span_.pitch};
     if (partial_)
-      store_tile<Write::kStore>(tile, scan_plane<A>(partial_, scan_, n_, d_, channel_).from_line(i0_), lines_,
+      store_tile<Write::kStore>(tile, span_plane(scan_plane<A>(partial_, scan_, n_, d_, channel_), span_), span_.lines,
                                 scan_.length);
     else
-      store_tile<Write::kStore>(tile, scan_plane<S>(gradient_, scan_, n_, d_, channel_).from_line(i0_), lines_,
+      store_tile<Write::kStore>(tile, span_plane(scan_plane<S>(gradient_, scan_, n_, d_, channel_), span_), span_.lines,
                                 scan_.length);
     channel_ = -1;
   }
@@ -104,7 +104,8 @@ class GateGradient {
   Field partial_;
   Scratch<A> sums_;
   Scan scan_{};
-  int64_t n_ = 0, d_ = 0, i0_ = 0, lines_ = 0, pitch_ = 0, channel_ = -1;
+  Span span_{};
+  int64_t n_ = 0, d_ = 0, channel_ = -1;
 };
 
 // The same for the weights: sums p and q of a weight group and their Jacobian, or, for given weights, the sums
@@ -115,13 +116,13 @@ class WeightGradient {
   WeightGradient(const Params& p, const Field& partial, int64_t capacity)
       : p_(p), partial_(partial), capacity_(capacity), sums_(p.dweights ? 3 * capacity : 0) {}
 
-  void begin(const Scan& scan, int64_t n, int64_t d, int64_t group, int64_t i0, int64_t lines, int64_t pitch) {
-    scan_ = scan, n_ = n, d_ = d, group_ = group, i0_ = i0, lines_ = lines, pitch_ = pitch;
+  void begin(const Scan& scan, int64_t n, int64_t d, int64_t group, const Span& span) {
+    scan_ = scan, n_ = n, d_ = d, group_ = group, span_ = span;
     if (p_.dweights) fill_zero(sums_.get(), 3 * capacity_);
   }
   // h is the line that entered step i0 + t.
   void add(int64_t t, const A* g, const A* h) {
-    if (!p_.dweights || starts_chunk(p_, i0_ + t)) return;
+    if (!p_.dweights || starts_chunk(p_, span_.begin + t)) return;
     if (p_.stochastic) {
       accumulate_differences_line(g, h, line(0, t), line(2, t), scan_.length);
     } else {
@@ -140,15 +141,15 @@ class WeightGradient {
   // Takes the tile's sums back from the partial ones, to be finished by flush.
   void read_back(const Field& sums) {
     for (int64_t k = 0; k < 3; k += 2)
-      load_tile(scan_plane<const A>(sums, scan_, n_, d_, group_, k).from_line(i0_), tile(k), lines_, scan_.length);
+      load_tile(span_plane(scan_plane<const A>(sums, scan_, n_, d_, group_, k), span_), tile(k), span_.lines, scan_.length);
   }
 
  private:
-  Tile<A> tile(int64_t k) const { return {sums_.get() + k * capacity_, pitch_}; }
+  Tile<A> tile(int64_t k) const { return {sums_.get() + k * capacity_, span_.pitch}; }
   A* line(int64_t k, int64_t t) const { return tile(k).line(t); }
 
   void apply_jacobian(const WeightTile<S, A>& weights) {
-    for (int64_t t = 0; t < lines_; ++t) {
+    for (int64_t t = 0; t < span_.lines; ++t) {
       const Weights<A> w = weights.line(t);
       logit_gradients_line(weights.raw(0, t), weights.raw(1, t), weights.raw(2, t), w.a, w.c, line(0, t), line(1, t),
                            line(2, t), scan_.length);
@@ -157,7 +158,7 @@ class WeightGradient {
   template <class T>
   void store(const Field& f) {
     for (int64_t k = 0; k < 3; ++k)
-      store_tile<Write::kStore>(tile(k), scan_plane<T>(f, scan_, n_, d_, group_, k).from_line(i0_), lines_,
+      store_tile<Write::kStore>(tile(k), span_plane(scan_plane<T>(f, scan_, n_, d_, group_, k), span_), span_.lines,
                                 scan_.length);
   }
 
@@ -166,7 +167,8 @@ class WeightGradient {
   int64_t capacity_;
   Scratch<A> sums_;
   Scan scan_{};
-  int64_t n_ = 0, d_ = 0, group_ = 0, i0_ = 0, lines_ = 0, pitch_ = 0;
+  Span span_{};
+  int64_t n_ = 0, d_ = 0, group_ = 0;
 };
 
 template <class S, class A = Accumulator<S>>
@@ -182,11 +184,10 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
   GateGradient<S, A> dlam(p, p.lam, p.dlam, lam_partial, capacity), du(p, p.u, p.du, u_partial, capacity);
   WeightGradient<S, A> dweights(p, weights_partial, capacity);
   SummedPlanes<S, A> dx(p, p.dx, n, c0, channels);
-  Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity);
+  Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity + kPad);
   Scratch<A> adjoints(capacity);                          // g of every line of the tile
   Scratch<A> flowing(channels * pitch);                   // v of every channel
   Scratch<A> states(need_states ? (most + 1) * row : 0);  // h of every line of the tile and the one before
-  Prefetcher prefetcher(p.H * p.W * int64_t(sizeof(S)));
   const auto g_line = [&](int64_t t) { return adjoints.get() + t * pitch; };
   const auto h_line = [&](int64_t t) { return states.get() + (t + 1) * row + kPad; };  // t = -1: what enters the tile
 
@@ -196,23 +197,24 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
     fill_zero(flowing.get(), channels * pitch);
     if (need_states) fill_zero(states.get(), (most + 1) * row);
     for (int64_t i0 = (scan.lines - 1) / most_lines * most_lines; i0 >= 0; i0 -= most_lines) {
-      const int64_t lines = min64(most_lines, scan.lines - i0), checkpoint = i0 / p.interval - 1;
+      const Span span = make_span(p, scan, i0, -most_lines, pitch, sizeof(S));
+      const int64_t lines = span.lines, checkpoint = i0 / p.interval - 1;
       int64_t group = -1;
       for (int64_t c = c0; c < c1; ++c) {
         if (shared_channel(p, p.weights, c) != group) {
           if (group >= 0) dweights.flush(weights);
           group = shared_channel(p, p.weights, c);
-          weights.load(scan, n, d, group, i0, lines, pitch);
-          dweights.begin(scan, n, d, group, i0, lines, pitch);
+          weights.load(scan, n, d, group, span);
+          dweights.begin(scan, n, d, group, span);
         }
-        const Tile<const A> x = fetch<S, A>(scan_plane<const S>(p.x, scan, n, 0, c), i0, lines, scan.length,
-                                            Tile<A>{x_scratch.get(), pitch});
-        const Tile<const A> dy = fetch<S, A>(scan_plane<const S>(p.dy, scan, n, 0, c), i0, lines, scan.length,
-                                             Tile<A>{dy_scratch.get(), pitch});
-        lam.load(scan, n, d, c, i0, lines, pitch);
-        u.load(scan, n, d, c, i0, lines, pitch);
-        dlam.begin(scan, n, d, c, i0, lines, pitch);
-        du.begin(scan, n, d, c, i0, lines, pitch);
+        const Plane<const S> x_plane = scan_plane<const S>(p.x, scan, n, 0, c);
+        const Plane<const S> dy_plane = scan_plane<const S>(p.dy, scan, n, 0, c);
+        const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, x_scratch);
+        const Tile<const A> dy = fetch<S, A>(dy_plane, span, scan.length, dy_scratch);
+        lam.load(scan, n, d, c, span);
+        u.load(scan, n, d, c, span);
+        dlam.begin(scan, n, d, c, span);
+        du.begin(scan, n, d, c, span);
         if (need_states) {
           if (checkpoint >= 0 && checkpoint < gspn::checkpoint_lines(p, scan))
             load_line(static_cast<const A*>(p.checkpoints) + (n * p.C + c) * total + gspn::checkpoint_offset(p, d) +
@@ -221,12 +223,11 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
           for (int64_t t = 0; t < lines; ++t)
             step(p, i0 + t, h_line(t - 1), weights.line(t), x.line(t), lam.line(t), h_line(t), scan.length);
         }
-        prefetcher.begin(scan, i0 - most_lines, most_lines, !scan.reversed);
-        prefetcher.add(scan_plane<const S>(p.x, scan, n, 0, c), scan);
-        prefetcher.add(scan_plane<const S>(p.dy, scan, n, 0, c), scan);
-        if (p.dx) prefetcher.add(scan_plane<const S>(p.dx, scan, n, 0, c), scan);
-        for (int64_t k = 0; k < 3 && c == c0; ++k)
-          prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k), scan);
+        RowPrefetcher prefetcher(p, scan, scan.reversed ? -1 : i0 - most_lines, most_lines, sizeof(S));
+        prefetcher.add(x_plane);
+        prefetcher.add(dy_plane);
+        if (p.dx) prefetcher.add(scan_plane<const S>(p.dx, scan, n, 0, c));
+        for (int64_t k = 0; k < 3 && c == c0; ++k) prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
         A* const v = flowing.get() + (c - c0) * pitch;
         for (int64_t t = lines - 1; t >= 0; --t) {
           const A* const g = g_line(t);
@@ -241,8 +242,8 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
             propagate_adjoint_line(g, weights.line(t), v, scan.length);
         }
         if (p.dx)
-          dx.add(scan, d, c, i0, lines, Tile<A>{dx_scratch.get(), pitch},
-                 [&](int64_t t) { return std::pair<const A*, const A*>(g_line(t), lam.line(t)); });
+          dx.add(scan, d, c, span, dx_scratch,
+                 [&](int64_t t, A*) { return std::pair<const A*, const A*>(g_line(t), lam.line(t)); });
       }
       dweights.flush(weights);
       dlam.flush();
@@ -263,9 +264,9 @@ void finish_weights(const Params& p, const Field& sums) {
     WeightTile<S, A> weights(p, capacity);
     WeightGradient<S, A> dweights(p, Field{}, capacity);
     for (int64_t i0 = 0; i0 < scan.lines; i0 += most_lines) {
-      const int64_t lines = min64(most_lines, scan.lines - i0);
-      weights.load(scan, n, d, group, i0, lines, pitch);
-      dweights.begin(scan, n, d, group, i0, lines, pitch);
+      const Span span = make_span(p, scan, i0, most_lines, pitch, sizeof(S));
+      weights.load(scan, n, d, group, span);
+      dweights.begin(scan, n, d, group, span);
       dweights.read_back(sums);
       dweights.flush(weights);
     }

@@ -26,41 +26,48 @@ void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
 
   WeightTile<S, A> weights(p, capacity);
   GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
-  Scratch<A> x_scratch(capacity), out_scratch(capacity), state(channels * 2 * row);
+  Scratch<A> x_scratch(capacity), out_scratch(capacity + kPad), state(channels * 2 * row);
   SummedPlanes<S, A> y(p, p.y, n, c0, channels);
-  Prefetcher prefetcher(p.H * p.W * int64_t(sizeof(S)));
+  fill_zero(out_scratch.get(), capacity + kPad);
 
   for (int d = 0; d < p.D; ++d) {
     const Scan scan = gspn::make_scan(p, d);
     const int64_t most_lines = tile_lines(p, scan), checkpoint_lines = gspn::checkpoint_lines(p, scan);
     fill_zero(state.get(), channels * 2 * row);
     for (int64_t i0 = 0; i0 < scan.lines; i0 += most_lines) {
-      const int64_t lines = min64(most_lines, scan.lines - i0);
-      weights.load(scan, n, d, group, i0, lines, pitch);
+      const Span span = make_span(p, scan, i0, most_lines, pitch, sizeof(S));
+      weights.load(scan, n, d, group, span);
       for (int64_t c = c0; c < c1; ++c) {
-        const Tile<const A> x = fetch<S, A>(scan_plane<const S>(p.x, scan, n, 0, c), i0, lines, scan.length,
-                                            Tile<A>{x_scratch.get(), pitch});
-        lam.load(scan, n, d, c, i0, lines, pitch);
-        u.load(scan, n, d, c, i0, lines, pitch);
-        prefetcher.begin(scan, i0 + most_lines, most_lines, scan.reversed);
-        prefetcher.add(scan_plane<const S>(p.x, scan, n, 0, c), scan);
-        prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c), scan);
-        for (int64_t k = 0; k < 3 && c == c0; ++k)
-          prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k), scan);
-        if (p.lam) prefetcher.add(scan_plane<const S>(p.lam, scan, n, d, shared_channel(p, p.lam, c)), scan);
-        if (p.u) prefetcher.add(scan_plane<const S>(p.u, scan, n, d, shared_channel(p, p.u, c)), scan);
+        const Plane<const S> x_plane = scan_plane<const S>(p.x, scan, n, 0, c);
+        const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, x_scratch);
+        lam.load(scan, n, d, c, span);
+        u.load(scan, n, d, c, span);
+        RowPrefetcher prefetcher(p, scan, scan.reversed ? i0 + most_lines : -1, most_lines, sizeof(S));
+        prefetcher.add(x_plane);
+        prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c));
+        for (int64_t k = 0; k < 3 && c == c0; ++k) prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
+        if (p.lam) prefetcher.add(scan_plane<const S>(p.lam, scan, n, d, shared_channel(p, p.lam, c)));
+        if (p.u) prefetcher.add(scan_plane<const S>(p.u, scan, n, d, shared_channel(p, p.u, c)));
         A* const states = state.get() + (c - c0) * 2 * row + kPad;  // the last two lines, by parity
         const auto state_line = [&](int64_t i) { return states + (i & 1) * row; };
         A* const checkpoints = p.checkpoints == nullptr ? nullptr
                                                         : static_cast<A*>(p.checkpoints) + (n * p.C + c) * total +
                                                               gspn::checkpoint_offset(p, d);
-        y.add(scan, d, c, i0, lines, Tile<A>{out_scratch.get(), pitch}, [&](int64_t t) {
+        y.add(scan, d, c, span, out_scratch, [&](int64_t t, A* out) {
           const int64_t i = i0 + t;
           prefetcher.run(t);
-          step(p, i, state_line(i + 1), weights.line(t), x.line(t), lam.line(t), state_line(i), scan.length);
+          // Where h is the output, the tile of the output serves as state.
+          const bool direct = out != nullptr && !p.u;
+          const A* const before = direct && t > 0 ? out - span.pitch : state_line(i + 1);
+          A* const h = direct ? out : state_line(i);
+          step(p, i, before, weights.line(t), x.line(t), lam.line(t), h, scan.length);
+          if (direct) {
+            h[scan.length] = A(0);
+            if (t == span.lines - 1) load_line(h, state_line(i), scan.length);
+          }
           if (checkpoints != nullptr && (i + 1) % p.interval == 0 && i / p.interval < checkpoint_lines)
-            load_line(state_line(i), checkpoints + i / p.interval * scan.length, scan.length);
-          return std::pair<const A*, const A*>(state_line(i), u.line(t));
+            load_line(h, checkpoints + i / p.interval * scan.length, scan.length);
+          return std::pair<const A*, const A*>(h, u.line(t));
         });
       }
     }

@@ -84,76 +84,74 @@ inline Plane<S> scan_plane(const Field& f, const Scan& scan, int64_t n, int64_t 
   return {data, line, position};
 }
 
-// Lines [i0, i0 + lines) of a plane: the tensor's own memory where it serves as it is, else a converted copy.
+constexpr int64_t kPrefetchBytes = 64 * 1024;  // smaller planes stay in the cache between their tiles
+
+// The lines [begin, begin + lines) of a scan that are worked on together.
+struct Span {
+  int64_t begin, lines;
+  int64_t pitch;  // between lines of scratch
+  int64_t ahead;  // lines from here to the tile that follows, negative in the backward pass; 0: not to be prefetched
+};
+
+inline Span make_span(const Params& p, const Scan& scan, int64_t begin, int64_t step, int64_t pitch, int64_t element) {
+  const int64_t next = begin + step, most_lines = step < 0 ? -step : step;
+  const bool prefetch = scan.horizontal && next >= 0 && next < scan.lines && p.H * p.W * element >= kPrefetchBytes;
+  return {begin, min64(most_lines, scan.lines - begin), pitch, prefetch ? step : 0};
+}
+
+template <class S>
+inline Plane<S> span_plane(Plane<S> plane, const Span& span) {
+  return plane.from_line(span.begin, span.ahead);
+}
+
+// A span of a plane: the tensor's own memory where it serves as it is, else a converted copy.
 template <class S, class A>
-inline Tile<const A> fetch(Plane<const S> plane, int64_t i0, int64_t lines, int64_t length, Tile<A> scratch) {
-  const Plane<const S> from = plane.from_line(i0);
+inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t length, Scratch<A>& scratch,
+                           int64_t offset = 0) {
+  const Plane<const S> from = span_plane(plane, span);
   if constexpr (sizeof(S) == sizeof(A)) {
     if (plane.position == 1) return {from.data, from.line};
   }
-  load_tile(from, scratch, lines, length);
-  return {scratch.data, scratch.pitch};
+  const Tile<A> copy{scratch.get() + offset, span.pitch};
+  load_tile(from, copy, span.lines, length);
+  return {copy.data, copy.pitch};
 }
-
-constexpr int64_t kPrefetchBytes = 64 * 1024;  // smaller planes stay in the cache between their tiles
 
 // The channel of a field with fewer channels that serves channel c of x.
 inline int64_t shared_channel(const Params& p, const Field& f, int64_t c) { return c / (p.C / f.channels); }
 
-// Asks for the memory that comes next while the current tile is computed, a slice with every line. The processor's
-// own prefetchers follow rows in ascending order, but neither columns nor rows in descending order, and large images
-// wait for memory there. The hint names the second-level cache: asking for the first is limited to its few outstanding
-// misses.
-class Prefetcher {
+// Asks for the rows of the next tile while the current one is computed, one row of each plane with every line. The
+// processor's own prefetchers follow rows in ascending order, but not in descending order.
+class RowPrefetcher {
  public:
-  explicit Prefetcher(int64_t plane_bytes) : enabled_(plane_bytes >= kPrefetchBytes) {}
-
-  // Forgets the planes added so far; of those that follow the tile that starts at line `next` is to come. Rows that are
-  // read in ascending order are left to the processor.
-  void begin(const Scan& scan, int64_t next, int64_t tile_lines, bool descending) {
-    count_ = 0;
-    next_ = next;
-    lines_ = min64(tile_lines, scan.lines - next_);
-    slices_ = tile_lines;
-    active_ = enabled_ && next_ >= 0 && lines_ > 0 && (scan.horizontal || descending);
+  RowPrefetcher(const Params& p, const Scan& scan, int64_t next, int64_t tile_lines, int64_t element)
+      : row_bytes_(scan.length * element), lines_(min64(tile_lines, scan.lines - next)), next_(next) {
+    active_ = !scan.horizontal && p.H * p.W * element >= kPrefetchBytes && next >= 0 && lines_ > 0;
   }
   template <class S>
-  void add(Plane<const S> plane, const Scan& scan) {
-    const int64_t line = max64(plane.line, -plane.line);
-    const bool rows_are_dense = (scan.horizontal ? line : plane.position) == 1;
-    if (!active_ || !rows_are_dense || count_ == kMost) return;
-    const int64_t low = plane.line < 0 ? next_ + lines_ - 1 : next_;
-    const char* data = reinterpret_cast<const char*>(plane.from_line(low).data);
-    if (scan.horizontal)
-      pieces_[count_++] = {data, scan.length, lines_ * int64_t(sizeof(S)), plane.position * int64_t(sizeof(S))};
-    else
-      pieces_[count_++] = {data + (lines_ - 1) * line * int64_t(sizeof(S)), lines_, scan.length * int64_t(sizeof(S)),
-                           -line * int64_t(sizeof(S))};
+  void add(Plane<const S> plane) {
+    if (!active_ || plane.position != 1 || count_ == kMost) return;
+    rows_[count_++] = {reinterpret_cast<const char*>(plane.from_line(next_).data), plane.line * int64_t(sizeof(S))};
   }
-  // The slice that goes with line t of the current tile. Inlined by force: GCC takes a function of nothing but
-  // prefetches for one without effects and drops its calls.
+  // Line t of the next tile. Inlined by force, as prefetch_rows is.
   GSPN_INLINE void run(int64_t t) const {
+    if (t >= lines_) return;
     for (int i = 0; i < count_; ++i) {
-      const Piece& piece = pieces_[i];
-      const int64_t end = piece.rows * (t + 1) / slices_;
-      for (int64_t row = piece.rows * t / slices_; row < end; ++row) {
-        const char* first = piece.data + row * piece.stride;
-        for (int64_t byte = 0; byte < piece.row_bytes; byte += kCacheLine) __builtin_prefetch(first + byte, 0, 2);
-        __builtin_prefetch(first + piece.row_bytes - 1, 0, 2);
-      }
+      const char* first = rows_[i].data + t * rows_[i].stride;
+      for (int64_t byte = 0; byte < row_bytes_; byte += kCacheLine) __builtin_prefetch(first + byte, 0, 2);
     }
   }
 
  private:
   static constexpr int kMost = 8, kCacheLine = 64;
-  struct Piece {
+  struct Rows {
     const char* data;
-    int64_t rows, row_bytes, stride;
+    int64_t stride;
   };
-  bool enabled_, active_ = false;
+  bool active_ = false;
   int count_ = 0;
-  int64_t next_ = 0, lines_ = 0, slices_ = 1;
-  Piece pieces_[kMost];
+  int64_t row_bytes_, lines_, next_;
+  Rows rows_[kMost];
 };
 
 // A gate (lam or u) line by line; without a field every line is null, which stands for 1.
@@ -162,13 +160,12 @@ class GateTile {
  public:
   GateTile(const Params& p, const Field& f, int64_t capacity) : p_(p), f_(f), scratch_(f ? capacity : 0) {}
 
-  void load(const Scan& scan, int64_t n, int64_t d, int64_t c, int64_t i0, int64_t lines, int64_t pitch) {
+  void load(const Scan& scan, int64_t n, int64_t d, int64_t c, const Span& span) {
     if (!f_) return;
     const int64_t channel = shared_channel(p_, f_, c);
-    if (channel == channel_ && d == d_ && i0 == i0_) return;  // a neighbouring channel has loaded it
-    channel_ = channel, d_ = d, i0_ = i0;
-    tile_ = fetch<S, A>(scan_plane<const S>(f_, scan, n, d, channel), i0, lines, scan.length,
-                        Tile<A>{scratch_.get(), pitch});
+    if (channel == channel_ && d == d_ && span.begin == begin_) return;  // a neighbouring channel has loaded it
+    channel_ = channel, d_ = d, begin_ = span.begin;
+    tile_ = fetch<S, A>(scan_plane<const S>(f_, scan, n, d, channel), span, scan.length, scratch_);
   }
   const A* line(int64_t t) const { return f_ ? tile_.line(t) : nullptr; }
 
@@ -177,7 +174,7 @@ class GateTile {
   const Field& f_;
   Scratch<A> scratch_;
   Tile<const A> tile_;
-  int64_t channel_ = -1, d_ = -1, i0_ = -1;
+  int64_t channel_ = -1, d_ = -1, begin_ = -1;
 };
 
 // The weights of a tile, shared by all channels of a group: given ones as they stand, logits normalised once.
@@ -187,16 +184,16 @@ class WeightTile {
   WeightTile(const Params& p, int64_t capacity)
       : p_(p), capacity_(capacity), raw_scratch_(3 * capacity), normalised_(p.stochastic ? 2 * capacity : 0) {}
 
-  void load(const Scan& scan, int64_t n, int64_t d, int64_t group, int64_t i0, int64_t lines, int64_t pitch) {
-    if (group == group_ && d == d_ && i0 == i0_) return;
-    group_ = group, d_ = d, i0_ = i0;
+  void load(const Scan& scan, int64_t n, int64_t d, int64_t group, const Span& span) {
+    if (group == group_ && d == d_ && span.begin == begin_) return;
+    group_ = group, d_ = d, begin_ = span.begin;
     for (int64_t k = 0; k < 3; ++k)
-      raw_[k] = fetch<S, A>(scan_plane<const S>(p_.weights, scan, n, d, group, k), i0, lines, scan.length,
-                            Tile<A>{raw_scratch_.get() + k * capacity_, pitch});
+      raw_[k] = fetch<S, A>(scan_plane<const S>(p_.weights, scan, n, d, group, k), span, scan.length, raw_scratch_,
+                            k * capacity_);
     if (!p_.stochastic) return;
-    a_ = {normalised_.get(), pitch};
-    c_ = {normalised_.get() + capacity_, pitch};
-    for (int64_t t = 0; t < lines; ++t)
+    a_ = {normalised_.get(), span.pitch};
+    c_ = {normalised_.get() + capacity_, span.pitch};
+    for (int64_t t = 0; t < span.lines; ++t)
       normalise_line(raw_[0].line(t), raw_[1].line(t), raw_[2].line(t), a_.line(t), c_.line(t), scan.length);
   }
   // Logits, or the given weights.
@@ -212,7 +209,7 @@ class WeightTile {
   Scratch<A> raw_scratch_, normalised_;
   Tile<const A> raw_[3];
   Tile<A> a_, c_;
-  int64_t group_ = -1, d_ = -1, i0_ = -1;
+  int64_t group_ = -1, d_ = -1, begin_ = -1;
 };
 
 // Runs independent tasks on the given number of threads. An exception may not leave a parallel region; the only
@@ -258,16 +255,18 @@ class SummedPlanes {
   SummedPlanes(const Params& p, const Field& out, int64_t n, int64_t c0, int64_t count)
       : p_(p), out_(out), n_(n), c0_(c0), count_(count), planes_(direct() || !out ? 0 : count * p.H * p.W) {}
 
-  // Adds (for the first direction: stores) factor * value, line by line, into channel c of the sum.
+  // Adds (for the first direction: stores) into channel c of the sum what line_of gives for every line t of the span:
+  // factor * value, as a pair of lines, where a null factor is 1. line_of may instead write the line where it is told,
+  // if that is not null, and return that place.
   template <class LineOf>
-  void add(const Scan& scan, int64_t d, int64_t c, int64_t i0, int64_t lines, Tile<A> scratch, LineOf line_of) {
+  void add(const Scan& scan, int64_t d, int64_t c, const Span& span, Scratch<A>& scratch, LineOf line_of) {
     if constexpr (sizeof(S) == sizeof(A)) {
-      add_to(scan_plane<A>(out_, scan, n_, 0, c), scan, d == 0, i0, lines, scratch, line_of);
+      add_to(scan_plane<A>(out_, scan, n_, 0, c), scan, d == 0, span, scratch, line_of);
     } else if (direct()) {
-      add_to(scan_plane<S>(out_, scan, n_, 0, c), scan, true, i0, lines, scratch, line_of);
+      add_to(scan_plane<S>(out_, scan, n_, 0, c), scan, true, span, scratch, line_of);
     } else {
       const Field sums{planes_.get(), count_, 0, 0, p_.H * p_.W, 0, p_.W, 1};
-      add_to(scan_plane<A>(sums, scan, 0, 0, c - c0_), scan, d == 0, i0, lines, scratch, line_of);
+      add_to(scan_plane<A>(sums, scan, 0, 0, c - c0_), scan, d == 0, span, scratch, line_of);
     }
   }
 
@@ -284,17 +283,19 @@ class SummedPlanes {
   bool direct() const { return sizeof(S) == sizeof(A) || p_.D == 1; }
 
   template <class T, class LineOf>
-  static void add_to(Plane<T> plane, const Scan& scan, bool first, int64_t i0, int64_t lines, Tile<A> scratch,
+  static void add_to(Plane<T> plane, const Scan& scan, bool first, const Span& span, Scratch<A>& scratch,
                      LineOf line_of) {
-    plane = plane.from_line(i0);
+    plane = span_plane(plane, span);
     bool in_place = false;
     if constexpr (sizeof(T) == sizeof(A)) in_place = plane.position == 1;
-    for (int64_t t = 0; t < lines; ++t) {
-      A* out = scratch.line(t);
+    const Tile<A> tile{scratch.get() + kPad, span.pitch};
+    for (int64_t t = 0; t < span.lines; ++t) {
+      A* out = tile.line(t);
       if constexpr (sizeof(T) == sizeof(A)) {
         if (in_place) out = plane.data + t * plane.line;
       }
-      const std::pair<const A*, const A*> value = line_of(t);
+      const std::pair<const A*, const A*> value = line_of(t, in_place ? nullptr : out);
+      if (value.first == out) continue;
       if (first || !in_place)
         scale_line<Write::kStore>(value.first, value.second, out, scan.length);
       else
@@ -302,9 +303,9 @@ class SummedPlanes {
     }
     if (in_place) return;
     if (first)
-      store_tile<Write::kStore>(scratch, plane, lines, scan.length);
+      store_tile<Write::kStore>(tile, plane, span.lines, scan.length);
     else
-      store_tile<Write::kAdd>(scratch, plane, lines, scan.length);
+      store_tile<Write::kAdd>(tile, plane, span.lines, scan.length);
   }
 
   const Params& p_;
