@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"
 SANITIZED = ROOT / ".nox" / "sanitized"
 INSTALLED = ROOT / ".nox" / "installed"
+CUDA_BUILD = ROOT / ".nox" / "cuda"
 
 # Applications depend on core and never on each other.
 PACKAGES = sorted(
@@ -59,7 +60,7 @@ def _fingerprint(package: str) -> str:
     for tool in ("pytest", "ruff", "mypy"):
         metadata.get("tool", {}).pop(tool, None)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, default=str).encode())
-    for file in (folder / "CMakeLists.txt", *sorted(folder.glob("csrc/**/*"))):
+    for file in (folder / "CMakeLists.txt", *sorted(folder.glob("cmake/*")), *sorted(folder.glob("csrc/**/*"))):
         if file.is_file():
             digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
@@ -68,6 +69,12 @@ def _fingerprint(package: str) -> str:
 def _editable(package: str) -> str:
     extra = "[test]" if "test" in _metadata(package)["project"].get("optional-dependencies", {}) else ""
     return f"--editable={ROOT / 'packages' / package}{extra}"
+
+
+def _cuda_build() -> dict[str, str]:
+    """Build CUDA kernels where they can run: they take minutes, and most machines of developers have no GPU."""
+    wanted = os.environ.get("GSPN_CUDA") or ("auto" if shutil.which("nvidia-smi") else "off")
+    return {"GSPN_CUDA": wanted, "GSPN_CUDA_ARCHITECTURES": os.environ.get("GSPN_CUDA_ARCHITECTURES", "")}
 
 
 def _shared(session: nox.Session) -> str:
@@ -79,12 +86,14 @@ def _shared(session: nox.Session) -> str:
         _create(session, SHARED)
         done = {"python": sys.version}
     wanted = {package: _fingerprint(package) for package in PACKAGES} | {"tools": " ".join(TEST_TOOLS)}
+    cuda = _cuda_build()
+    wanted |= {"gspn-core": f"{wanted['gspn-core']} {' '.join(cuda.values())}"}
     changed = [name for name, value in wanted.items() if done.get(name) != value]
     if changed:
         # In one call, so that an application finds the core it pins among them and not on an index.
         arguments = [_editable(name) for name in PACKAGES if name in changed]
         arguments += TEST_TOOLS if "tools" in changed else ()
-        session.run(python, "-m", "pip", "install", *arguments, external=True)
+        session.run(python, "-m", "pip", "install", *arguments, env=cuda, external=True)
         stamp.write_text(json.dumps(done | wanted, indent=2) + "\n")
     # Tests that start console scripts find those of this environment.
     session.env["PATH"] = os.pathsep.join((str(Path(python).parent), os.environ.get("PATH", "")))
@@ -137,7 +146,13 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     sources = [
         str(path.relative_to(ROOT))
-        for path in sorted(ROOT.glob("packages/*/csrc/**/*"))
+        for path in sorted(
+            (
+                *ROOT.glob("packages/*/csrc/**/*"),
+                *ROOT.glob("packages/*/tests/**/*"),
+                *ROOT.glob("packages/*/benchmarks/*"),
+            )
+        )
         if path.suffix in (".cpp", ".hpp", ".h", ".cu", ".cuh")
     ]
     session.run("clang-format", "--dry-run", "-Werror", *sources)
@@ -197,6 +212,36 @@ def sanitize(session: nox.Session) -> None:
         session.run(
             *(python, "-S", "-m", "pytest", "--capture=sys", str(tests), *session.posargs), env=env, external=True
         )
+
+
+@nox.session(reuse_venv=True)
+def cuda(session: nox.Session) -> None:
+    """Compile the CUDA kernels with nvcc, warnings as errors, and check how many registers spill; needs no GPU.
+
+    For sm_90 alone, unless GSPN_CUDA_ARCHITECTURES names others.
+    """
+    if shutil.which("nvcc") is None:
+        session.skip("needs nvcc")
+    session.install("cmake>=3.25", "ninja>=1.11", "pybind11>=2.13")
+    pybind11 = session.run("python", "-m", "pybind11", "--cmakedir", silent=True)
+    assert isinstance(pybind11, str)
+    # From nothing, so that every kernel reports.
+    shutil.rmtree(CUDA_BUILD, ignore_errors=True)
+    architectures = os.environ.get("GSPN_CUDA_ARCHITECTURES") or "90"
+    session.run(
+        *("cmake", "-S", "packages/gspn-core", "-B", str(CUDA_BUILD), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *("-DGSPN_CUDA=on", f"-DGSPN_CUDA_ARCHITECTURES={architectures}", f"-Dpybind11_DIR={pybind11.strip()}"),
+    )
+    log = CUDA_BUILD / "build.log"
+    with log.open("w") as file:
+        session.run("cmake", "--build", str(CUDA_BUILD), "--target", "_C", stdout=file, stderr=file)
+    session.run("python", "tools/check_spills.py", str(log))
+
+
+@nox.session(venv_backend="none")
+def mutants(session: nox.Session) -> None:
+    """Break the CUDA kernels in many ways and show that the tests notice each (Linux, g++; minutes)."""
+    session.run(_shared(session), "packages/gspn-core/tests/emulation/mutants.py", *session.posargs, external=True)
 
 
 @nox.session(reuse_venv=True)

@@ -14,6 +14,12 @@
 #endif
 
 #include "cpu/kernels.hpp"
+#ifdef GSPN_HAVE_CUDA
+#include "cuda/kernels.hpp"
+#endif
+#ifdef GSPN_EMULATED_CUDA
+#include "cuda/device.cuh"
+#endif
 
 namespace py = pybind11;
 
@@ -126,18 +132,16 @@ Params make_params(const Call& call, const TensorArg& x, const TensorArg& weight
 
 bool is_empty(const Params& p) { return p.N == 0 || p.C == 0 || p.H == 0 || p.W == 0; }
 
-void forward(const Call& call, const TensorArg& x, const TensorArg& weights, const TensorArg& lam, const TensorArg& u,
-             const TensorArg& y, std::uintptr_t checkpoints) {
+Params forward_params(const Call& call, const TensorArg& x, const TensorArg& weights, const TensorArg& lam,
+                      const TensorArg& u, const TensorArg& y, std::uintptr_t checkpoints) {
   Params p = make_params(call, x, weights, lam, u, checkpoints);
   p.y = field(y, "nchw");
-  if (is_empty(p)) return;
-  py::gil_scoped_release unlocked;
-  selected_kernels->forward(p);
+  return p;
 }
 
-void backward(const Call& call, const TensorArg& dy, const TensorArg& x, const TensorArg& weights, const TensorArg& lam,
-              const TensorArg& u, std::uintptr_t checkpoints, const TensorArg& dx, const TensorArg& dweights,
-              const TensorArg& dlam, const TensorArg& du) {
+Params backward_params(const Call& call, const TensorArg& dy, const TensorArg& x, const TensorArg& weights,
+                       const TensorArg& lam, const TensorArg& u, std::uintptr_t checkpoints, const TensorArg& dx,
+                       const TensorArg& dweights, const TensorArg& dlam, const TensorArg& du) {
   Params p = make_params(call, x, weights, lam, u, checkpoints);
   const bool has_directions = item(weights.value(), 1).size() == 6;
   const char* gate = has_directions ? "ndchw" : "nchw";
@@ -146,10 +150,64 @@ void backward(const Call& call, const TensorArg& dy, const TensorArg& x, const T
   p.dweights = field(dweights, has_directions ? "ndckhw" : "nckhw");
   p.dlam = field(dlam, gate);
   p.du = field(du, gate);
+  return p;
+}
+
+// The arguments of forward_params, and of backward_params.
+template <class... Args>
+void forward(const Call& call, Args... args) {
+  const Params p = forward_params(call, args...);
+  if (is_empty(p)) return;
+  py::gil_scoped_release unlocked;
+  selected_kernels->forward(p);
+}
+
+template <class... Args>
+void backward(const Call& call, Args... args) {
+  const Params p = backward_params(call, args...);
   if (is_empty(p)) return;
   py::gil_scoped_release unlocked;
   selected_kernels->backward(p);
 }
+
+#ifdef GSPN_HAVE_CUDA
+// Where a call on a GPU runs, and allocate(bytes) -> tensor, which is asked for scratch where the call needs some.
+struct Launch {
+  int device;
+  std::uintptr_t stream;
+  py::function allocate;
+
+  template <class Run>
+  void operator()(std::size_t bytes, const Run& run) const {
+    py::object scratch;
+    void* workspace = nullptr;
+    if (bytes > 0) {
+      scratch = allocate(bytes);
+      workspace = PyLong_AsVoidPtr(scratch.attr("data_ptr")().ptr());
+    }
+    py::gil_scoped_release unlocked;
+    run(workspace, reinterpret_cast<void*>(stream));
+  }
+};
+
+template <class... Args>
+void cuda_forward(const Launch& launch, const Call& call, Args... args) {
+  const Params p = forward_params(call, args...);
+  if (is_empty(p)) return;
+  const gspn::cuda::OnDevice device(launch.device);
+  launch(gspn::cuda::forward_workspace(p),
+         [&](void* workspace, void* stream) { gspn::cuda::forward(p, workspace, stream); });
+}
+
+template <class... Args>
+void cuda_backward(const Launch& launch, const Call& call, Args... args) {
+  const Params p = backward_params(call, args...);
+  if (is_empty(p)) return;
+  const gspn::cuda::OnDevice device(launch.device);
+  launch(gspn::cuda::backward_workspace(p),
+         [&](void* workspace, void* stream) { gspn::cuda::backward(p, workspace, stream); });
+}
+#endif
 
 py::dict build_info() {
   py::dict info;
@@ -163,19 +221,44 @@ py::dict build_info() {
   info["compiled_isas"] = isas(false);
   info["supported_isas"] = isas(true);
   info["isa"] = selected_kernels->isa;
+#ifdef GSPN_HAVE_CUDA
+  py::dict cuda;
+  cuda["compiler"] = GSPN_CUDA_COMPILER;
+  cuda["architectures"] = std::string(GSPN_CUDA_ARCHITECTURES);
+  info["cuda"] = cuda;
+#endif
   return info;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+#ifndef GSPN_MODULE
+#define GSPN_MODULE _C
+#endif
+
+PYBIND11_MODULE(GSPN_MODULE, m) {
   m.doc() = "Line-scan kernels of gspn_core; private, call gspn_core.propagate and gspn_core.line_scan.";
   select_isa("auto");
   py::class_<Call>(m, "Call").def(py::init(
       [](std::string dtype, bool stochastic, std::vector<int> directions, int64_t chunk, int64_t interval,
          int threads) { return Call{std::move(dtype), stochastic, std::move(directions), chunk, interval, threads}; }));
-  m.def("forward", &forward);
-  m.def("backward", &backward);
+  using Tensor = TensorArg;
+  using Pointer = std::uintptr_t;
+  m.def("forward", &forward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer>);
+  m.def("backward", &backward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer, Tensor, Tensor, Tensor, Tensor>);
+#ifdef GSPN_HAVE_CUDA
+  py::class_<Launch>(m, "Launch").def(py::init<int, Pointer, py::function>());
+  m.def("cuda_forward", &cuda_forward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer>);
+  m.def("cuda_backward",
+        &cuda_backward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer, Tensor, Tensor, Tensor, Tensor>);
+#ifdef GSPN_EMULATED_CUDA
+  m.def("emulate_device", [](int major, int multiprocessors, std::size_t shared_bytes) {
+    gspn::cuda::emulated_limits = {major, multiprocessors, shared_bytes};
+  });
+#endif
+  m.def("cuda_select_path", &gspn::cuda::select_path, py::arg("path"),
+        "Take 'resident', 'strip' or 'cluster' kernels wherever they can serve; 'auto' is the best one.");
+#endif
   m.def("build_info", &build_info);
   m.def("select_isa", &select_isa, py::arg("isa"), "Use the kernels of this instruction set; 'auto' is the best one.");
 }

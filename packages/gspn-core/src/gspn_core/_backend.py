@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +40,24 @@ def extension() -> ModuleType | ImportError:
 @cache
 def _warn_once(device_type: str) -> None:
     module = extension()
-    if device_type == "cpu":
+    if device_type == "cpu" or not isinstance(module, ModuleType):
         how = f"its compiled module did not load ({module}); reinstall with `pip install --force-reinstall gspn-core`"
-    else:
+    elif device_type == "cuda":
         how = (
-            f"this build has kernels for cpu only; move the tensors to the CPU, or see `gspn-core info` ({device_type})"
+            "this build has no CUDA kernels; install gspn-core again where CMake finds nvcc (CUDA 12.8 or later), "
+            "with GSPN_CUDA=on to make sure of it"
         )
+    else:
+        how = f"there are kernels for cpu and cuda; move the tensors there, or see `gspn-core info` ({device_type})"
     warnings.warn(f"gspn_core runs its slow PyTorch reference on {device_type}: {how}", RuntimeWarning, stacklevel=6)
 
 
 def has_kernels(device: torch.device) -> bool:
     """Tell whether compiled kernels serve this device; where they do not, warn once that the reference does."""
-    if device.type == "cpu" and isinstance(extension(), ModuleType):
+    module = extension()
+    if isinstance(module, ModuleType) and (
+        device.type == "cpu" or (device.type == "cuda" and hasattr(module, "cuda_forward"))
+    ):
         return True
     _warn_once(device.type)
     return False
@@ -75,25 +82,35 @@ def _arg(t: Tensor | None) -> _TensorArg | None:
 
 
 class Kernels:
-    """The compiled kernels on one call's options. Arguments are checked by the caller."""
+    """The compiled kernels on one call's options and device. Arguments are checked by the caller."""
 
-    __slots__ = ("_call", "_module")
+    __slots__ = ("_backward", "_forward", "_launch")
 
-    def __init__(self, dtype: torch.dtype, stochastic: bool, directions: Sequence[int], chunk_size: int | None) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        stochastic: bool,
+        directions: Sequence[int],
+        chunk_size: int | None,
+        device: torch.device,
+    ) -> None:
         module = extension()
         assert isinstance(module, ModuleType)
-        self._module = module
         threads = torch.get_num_threads()
-        self._call = module.Call(
-            _DTYPE_NAMES[dtype], stochastic, directions, chunk_size or 0, CHECKPOINT_INTERVAL, threads
-        )
+        call = module.Call(_DTYPE_NAMES[dtype], stochastic, directions, chunk_size or 0, CHECKPOINT_INTERVAL, threads)
+        self._launch: tuple[Any, ...] = (call,)
+        if device.type == "cuda":
+            self._launch = (_cuda_launch(module, device), call)
+            self._forward, self._backward = module.cuda_forward, module.cuda_backward
+        else:
+            self._forward, self._backward = module.forward, module.backward
 
     def forward(
         self, x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, y: Tensor, checkpoints: Tensor | None
     ) -> None:
         """Fill y, and the checkpoints where they are wanted."""
         pointer = 0 if checkpoints is None else checkpoints.data_ptr()
-        self._module.forward(self._call, _arg(x), _arg(weights), _arg(lam), _arg(u), _arg(y), pointer)
+        self._forward(*self._launch, _arg(x), _arg(weights), _arg(lam), _arg(u), _arg(y), pointer)
 
     def backward(
         self,
@@ -106,8 +123,8 @@ class Kernels:
         gradients: Sequence[Tensor | None],
     ) -> None:
         """Fill those of the gradients of x, weights, lam and u that are given."""
-        self._module.backward(
-            self._call,
+        self._backward(
+            *self._launch,
             _arg(dy),
             _arg(x),
             _arg(weights),
@@ -116,3 +133,13 @@ class Kernels:
             checkpoints.data_ptr(),
             *(_arg(gradient) for gradient in gradients),
         )
+
+
+def _cuda_launch(module: ModuleType, device: torch.device) -> Any:
+    """Where a call runs on a GPU: its device and current stream, and torch as the source of scratch memory."""
+
+    def allocate(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    stream = torch.cuda.current_stream(device)
+    return module.Launch(stream.device_index, stream.cuda_stream, allocate)

@@ -22,12 +22,18 @@ def info() -> dict[str, Any]:
 
     Keys: `gspn_core`, `torch`, `python`, `platform` (strings); `cpu` with `compiled`, and, where it is true,
     `compiler`, `build_type`, `openmp` (the version's date, or None), `compiled_isas`, `supported_isas`, `isa` (the one
-    in use), or else `error`; `cuda` with `compiled` and `architectures`; `threads`, those of torch, which the kernels
+    in use), or else `error`; `cuda` with `compiled`, `architectures` and, where it is
+    true, `compiler`; `threads`, those of torch, which the kernels
     use; `checkpoint_interval`, lines between saved states.
     """
     module = _backend.extension()
+    cuda: dict[str, Any] = {"compiled": False, "architectures": []}
     if isinstance(module, ModuleType):
-        cpu = {"compiled": True, **module.build_info()}
+        built = module.build_info()
+        if "cuda" in built:
+            architectures = built["cuda"].pop("architectures").split()
+            cuda = {"compiled": True, "architectures": architectures, **built.pop("cuda")}
+        cpu = {"compiled": True, **built}
     else:
         cpu = {"compiled": False, "error": str(module)}
     return {
@@ -36,7 +42,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu,
-        "cuda": {"compiled": False, "architectures": []},
+        "cuda": cuda,
         "threads": torch.get_num_threads(),
         "checkpoint_interval": _backend.CHECKPOINT_INTERVAL,
     }

@@ -72,7 +72,7 @@ def _propagate(
     _check.check_propagate(x, logits, lam, u, directions, chunk_size)
     y, checkpoints = _outputs(x, directions, chunk_size, save_checkpoints)
     if run and _backend.has_kernels(x.device):
-        kernels = _backend.Kernels(x.dtype, True, directions, chunk_size)
+        kernels = _backend.Kernels(x.dtype, True, directions, chunk_size, x.device)
         kernels.forward(x, logits, lam, u, y, checkpoints if save_checkpoints else None)
     elif run:
         _fallback.forward(y, x, logits, lam, u, directions, chunk_size)
@@ -92,7 +92,7 @@ def _line_scan(
     _check.check_line_scan(x, weights, lam, direction, chunk_size)
     h, checkpoints = _outputs(x, [direction], chunk_size, save_checkpoints)
     if run and _backend.has_kernels(x.device):
-        kernels = _backend.Kernels(x.dtype, False, [direction], chunk_size)
+        kernels = _backend.Kernels(x.dtype, False, [direction], chunk_size, x.device)
         kernels.forward(x, weights, lam, None, h, checkpoints if save_checkpoints else None)
     elif run:
         _fallback.forward(h, x, weights, lam, None, [direction], chunk_size)
@@ -119,7 +119,7 @@ def _propagate_backward(
         if mask[1] or mask[3]:
             size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
             _check.check_checkpoints(checkpoints, x, size)
-        kernels = _backend.Kernels(x.dtype, True, directions, chunk_size)
+        kernels = _backend.Kernels(x.dtype, True, directions, chunk_size, x.device)
         kernels.backward(dy, x, logits, lam, u, checkpoints, gradients)
     elif run:
         _fallback.backward(gradients, dy, x, logits, lam, u, directions, chunk_size)
@@ -145,7 +145,7 @@ def _line_scan_backward(
         if mask[1]:
             size = _backend.checkpoint_size(x.shape[2], x.shape[3], [direction], chunk_size)
             _check.check_checkpoints(checkpoints, x, size)
-        kernels = _backend.Kernels(x.dtype, False, [direction], chunk_size)
+        kernels = _backend.Kernels(x.dtype, False, [direction], chunk_size, x.device)
         kernels.backward(dh, x, weights, lam, None, checkpoints, (*gradients, None))
     elif run:
         _fallback.backward((*gradients, None), dh, x, weights, lam, None, [direction], chunk_size)

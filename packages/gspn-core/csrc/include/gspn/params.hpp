@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define GSPN_HOST_DEVICE __host__ __device__
+#else
+#define GSPN_HOST_DEVICE
+#endif
+
 namespace gspn {
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -47,7 +53,7 @@ struct Scan {
   int64_t lines, length;
 };
 
-static inline Scan make_scan(const Params& p, int d) {
+GSPN_HOST_DEVICE static inline Scan make_scan(const Params& p, int d) {
   const Direction direction = p.directions[d];
   const bool horizontal = direction == Direction::kLeftToRight || direction == Direction::kRightToLeft;
   const bool reversed = direction == Direction::kRightToLeft || direction == Direction::kBottomToTop;
@@ -56,13 +62,13 @@ static inline Scan make_scan(const Params& p, int d) {
 
 // A checkpoint is the state that enters line interval, 2 * interval, ...; none is needed where every one of
 // these lines starts a chunk and so enters with zero.
-static inline int64_t checkpoint_lines(const Params& p, const Scan& scan) {
+GSPN_HOST_DEVICE static inline int64_t checkpoint_lines(const Params& p, const Scan& scan) {
   if (scan.lines == 0 || (p.chunk > 0 && p.interval % p.chunk == 0)) return 0;
   return (scan.lines - 1) / p.interval;
 }
 
 // Elements before direction d in one (n, c) row of the checkpoints; d = D gives the whole row.
-static inline int64_t checkpoint_offset(const Params& p, int d) {
+GSPN_HOST_DEVICE static inline int64_t checkpoint_offset(const Params& p, int d) {
   int64_t offset = 0;
   for (int e = 0; e < d; ++e) {
     const Scan scan = make_scan(p, e);

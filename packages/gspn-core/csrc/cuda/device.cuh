@@ -1,0 +1,223 @@
+// What the kernels need of the device beyond plain C++: numbers of 16 bits, fast functions, clusters, launches. Under
+// nvcc these are CUDA's own; elsewhere the host emulation of tests/emulation stands in, and runs the very same kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "plan.hpp"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include <cmath>
+#include <cstring>
+
+#include "emulator.hpp"
+using cudaStream_t = void*;
+#endif
+
+namespace gspn::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The state and all sums are kept in float32, and in float64 for float64.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+__device__ __forceinline__ void narrow(float v, float& out) { out = v; }
+__device__ __forceinline__ void narrow(double v, double& out) { out = v; }
+
+#ifdef __CUDACC__
+__device__ __forceinline__ float widen(BFloat16 v) { return __bfloat162float(__ushort_as_bfloat16(v.bits)); }
+__device__ __forceinline__ float widen(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
+__device__ __forceinline__ void narrow(float v, BFloat16& out) {
+  out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+}
+__device__ __forceinline__ void narrow(float v, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
+
+// exp(x). Rounding to 16 bits hides what the fast one loses.
+template <class T>
+__device__ __forceinline__ float exponential(float x) {
+  return sizeof(T) == 2 ? __expf(x) : expf(x);
+}
+template <class T>
+__device__ __forceinline__ double exponential(double x) {
+  return exp(x);
+}
+template <class T>
+__device__ __forceinline__ float reciprocal(float x) {
+  return sizeof(T) == 2 ? __fdividef(1.0f, x) : __frcp_rn(x);
+}
+template <class T>
+__device__ __forceinline__ double reciprocal(double x) {
+  return 1.0 / x;
+}
+
+// The same value, of which the compiler knows nothing: keeps it from computing addresses of whole tiles before the loop
+// over tiles, and from spilling them.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// Asks the second-level cache for the memory at p; nothing depends on it.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+extern __shared__ __align__(128) unsigned char gspn_shared_memory[];
+__device__ __forceinline__ unsigned char* shared_memory() { return gspn_shared_memory; }
+
+// Clusters of blocks that see each other's shared memory, from sm_90 on; before, every block is a cluster of its own.
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+#else
+  return 0;
+#endif
+}
+// Where p of this block stands in the block of the given rank.
+template <class A>
+__device__ __forceinline__ A* cluster_map(A* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t mapped;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(p), "r"(rank));
+  return reinterpret_cast<A*>(mapped);
+#else
+  return rank == 0 ? p : nullptr;
+#endif
+}
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // a launch that failed leaves no error behind for somebody else's call
+  throw std::runtime_error(std::string("gspn_core: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current and returns the one that was.
+inline int exchange_device(int device) {
+  int before = 0;
+  check(cudaGetDevice(&before), "asking for the device");
+  if (device != before) check(cudaSetDevice(device), "changing the device");
+  return before;
+}
+
+inline void restore_device(int device) {
+  int now = device;
+  if (cudaGetDevice(&now) == cudaSuccess && now != device) cudaSetDevice(device);
+}
+
+inline Limits device_limits() {
+  int device = 0, major = 0, multiprocessors = 0, shared_bytes = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the capability");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking for the SMs");
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking for memory");
+  return {major, multiprocessors, size_t(shared_bytes)};
+}
+
+// Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...) with clusters of the given size.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster,
+            cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks > INT32_MAX) throw std::invalid_argument("gspn_core: the tensors need more than 2^31 - 1 thread blocks");
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+          "asking for shared memory");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+}
+
+#else  // the emulation
+
+__device__ __forceinline__ float widen(BFloat16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+__device__ __forceinline__ float widen(Float16 v) {
+  _Float16 half;
+  std::memcpy(&half, &v, sizeof(half));
+  return float(half);
+}
+__device__ __forceinline__ void narrow(float v, BFloat16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  out.bits = v != v ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+__device__ __forceinline__ void narrow(float v, Float16& out) {
+  const _Float16 half = _Float16(v);
+  std::memcpy(&out, &half, sizeof(half));
+}
+template <class T, class A>
+A exponential(A x) {
+  return std::exp(x);
+}
+template <class T, class A>
+A reciprocal(A x) {
+  return A(1) / x;
+}
+inline int opaque(int v) { return v; }
+inline void prefetch(const void*) {}
+inline unsigned char* shared_memory() { return emulator::dynamic_shared_memory(); }
+inline int cluster_rank() { return emulator::cluster_rank(); }
+template <class A>
+A* cluster_map(A* p, int rank) {
+  return static_cast<A*>(emulator::cluster_map(p, rank));
+}
+#define cluster_barrier() emulator::cluster_sync()
+
+inline int exchange_device(int) { return 0; }
+inline void restore_device(int) {}
+
+inline Limits emulated_limits{9, 132, 227 * 1024};  // an H100's; tests put other devices here
+inline Limits device_limits() { return emulated_limits; }
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster, cudaStream_t,
+            const Arguments&... arguments) {
+  emulator::launch(dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, cluster,
+                   [&] { kernel(arguments...); });
+}
+
+#endif
+
+}  // namespace gspn::cuda

@@ -1,0 +1,378 @@
+// Forward: y = sum_d u_d h_d.
+//
+// strip_forward streams an image of any size through one direction a launch; y is summed over the launches, in order,
+// in the accumulation type. resident_forward keeps small images in shared memory and takes all directions at once.
+#pragma once
+
+#include "plan.hpp"
+#include "tile.cuh"
+
+namespace gspn::cuda {
+
+// What one launch of a strip kernel is to do, beside Params.
+struct StripLaunch {
+  int d = 0;                       // place of the direction
+  int strips = 1, per_block = 1;   // of a line, of a block
+  int cluster = 1;                 // blocks that share a line
+  int chunks = 1;                  // independent scans of an image
+  int64_t blocks = 1;              // channel blocks of an image
+  bool first = true, last = true;  // of the directions: where the sums begin and where they end
+  void* sums = nullptr;            // (N, C, H, W) in the accumulation type, where the output cannot hold the sums
+  void* partials = nullptr;        // backward: sums over some of the channels that share a weight or a gate
+};
+
+// Channel blocks of an image: warps that share weights stay within a group.
+template <class C>
+GSPN_HOST_DEVICE inline int64_t channel_blocks(const Params& p) {
+  const int64_t groups = p.weights.channels, group = p.C / groups;
+  if (C::CW > 1) return groups * ((group + C::CW - 1) / C::CW);
+  return (p.C + C::SEG - 1) / C::SEG;
+}
+
+// What a warp works on; the same for all blocks of a cluster but for the strip.
+template <class C>
+struct Job {
+  int64_t n;
+  int block;  // channel block of the image
+  Channels<C> channels;
+  bool active = true;  // false for a warp beyond its group's last channel: it only helps with the weights
+  int warps = 1;       // active warps that share a strip's weights
+  int begin, end;      // lines of the chunk
+  Strips<C> strips;
+
+  __device__ __forceinline__ Job(const Params& p, const StripLaunch& l, const Scan& scan) {
+    const int warp = int(threadIdx.x) / 32;
+    strips.channel_warp = warp % C::CW;
+    strips.per_block = l.per_block, strips.count = l.strips;
+    strips.rank = l.cluster > 1 ? cluster_rank() : 0;
+    strips.index = strips.rank * l.per_block + warp / C::CW;
+    int64_t id = int64_t(blockIdx.x) / l.cluster;
+    const int chunk = int(id % l.chunks);
+    id /= l.chunks;
+    block = int(id % l.blocks);
+    n = id / l.blocks;
+    const int lines = p.chunk > 0 && p.chunk < scan.lines ? int(p.chunk) : int(scan.lines);
+    begin = chunk * lines;
+    end = begin + lines < int(scan.lines) ? begin + lines : int(scan.lines);
+    if (C::CW > 1) {
+      const int group = int(p.C / p.weights.channels), per_group = (group + C::CW - 1) / C::CW;
+      const int first = block / per_group * group + block % per_group * C::CW;
+      channels.end = (block / per_group + 1) * group;
+      channels.first = first + strips.channel_warp;
+      warps = channels.end - first < C::CW ? channels.end - first : C::CW;
+      active = strips.channel_warp < warps;
+      if (!active) channels.first = channels.end - 1;
+    } else {
+      channels.end = int(p.C);
+      channels.first = block * C::SEG;
+    }
+  }
+};
+
+// Where the state that enters line interval, 2 * interval, ... of a channel is kept for the backward pass.
+template <class C>
+struct Checkpoints {
+  using A = typename C::A;
+  A* data[C::SEG];
+  int count = 0, interval, length;
+
+  __device__ __forceinline__ Checkpoints(const Params& p, const Channels<C>& channels, const Scan& scan, int64_t n,
+                                         int d)
+      : interval(int(p.interval)), length(int(scan.length)) {
+    if (p.checkpoints == nullptr) return;
+    count = int(checkpoint_lines(p, scan));
+#pragma unroll
+    for (int s = 0; s < C::SEG; ++s)
+      data[s] = static_cast<A*>(p.checkpoints) + (n * p.C + channels.of_segment(s)) * checkpoint_offset(p, p.D) +
+                checkpoint_offset(p, d);
+  }
+  __device__ __forceinline__ A* at(int line, int col, int j) const {
+    A* p = data[0];
+#pragma unroll
+    for (int s = 1; s < C::SEG; ++s)
+      if (col / C::kSegment == s) p = data[s];
+    return p + int64_t(line / interval - 1) * length + j;
+  }
+  __device__ __forceinline__ bool due(int line) const {
+    return count > 0 && line > 0 && line % interval == 0 && line / interval <= count;
+  }
+  // A chunk begins with nothing, whatever the lane still holds.
+  __device__ __forceinline__ void save(int line, const Window& w, const Channels<C>& channels, const Strips<C>& strips,
+                                       const A (&h)[C::P], bool starts_chunk) const {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int q = 0; q < C::P; ++q) {
+      const int col = lane * C::P + q, j = position_of<C>(w, col);
+      if (strips.owns(col) && channels.owns(col) && j >= 0 && j < w.length)
+        *at(line, col, j) = starts_chunk ? A(0) : h[q];
+    }
+  }
+  __device__ __forceinline__ void restore(int line, const Window& w, A (&h)[C::P]) const {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int q = 0; q < C::P; ++q) {
+      const int col = lane * C::P + q, j = position_of<C>(w, col);
+      h[q] = j >= 0 && j < w.length ? *at(line, col, j) : A(0);
+    }
+  }
+};
+
+// The scan over the lines of a tile; `tile` holds the gated input and receives the state.
+template <class C>
+__device__ __forceinline__ void scan_tile(const Params& p, typename C::A (&h)[C::P], const WeightTile<C>& weights,
+                                          typename C::A* tile, const Window& w, const Checkpoints<C>& checkpoints,
+                                          const Channels<C>& channels, const Strips<C>& strips, bool active) {
+#pragma unroll 1
+  for (int m = 0; m < w.count; ++m) {
+    const int i = w.i0 + m;
+    const bool starts = starts_chunk(p, i);
+    if (checkpoints.due(i) && active) checkpoints.save(i, w, channels, strips, h, starts);
+    step<C>(h, weights, tile, m, starts);
+    put_row<C>(tile, m, h);
+  }
+}
+
+// Adds u h to the sum over directions.
+template <class C>
+struct Output {
+  using T = typename C::T;
+  using A = typename C::A;
+  Planes<C, const T> u;
+  Planes<C, T> y;
+  Planes<C, A> sums;
+  bool first, last;
+  Fragment<C, T, C::kElements> raw_u;
+  Fragment<C, A, C::kElements> before;
+
+  __device__ __forceinline__ Output(const Params& p, const StripLaunch& l, const Channels<C>& channels,
+                                    const Scan& scan, int64_t n)
+      : u(channels.template planes<const T>(p, p.u, scan, n, l.d)),
+        y(channels.template planes<T>(p, p.y, scan, n, 0)),
+        first(l.first),
+        last(l.last) {
+    Field f = p.y;
+    if (l.sums != nullptr) {
+      f.data = l.sums;
+      f.n = p.C * p.H * p.W, f.c = p.H * p.W, f.row = p.W, f.col = 1;
+    }
+    sums = channels.template planes<A>(p, f, scan, n, 0);
+  }
+  // Of the sums no more than is written again: a neighbouring strip may be writing the rest.
+  __device__ __forceinline__ void load(const Window& w, bool horizontal, const Strips<C>& strips) {
+    if (u) raw_u.load(u, w, horizontal);
+    if (first) return;
+    const int lane = opaque(threadIdx.x & 31);
+    const Planes<C, A> planes = sums.opaque_strides();
+#pragma unroll
+    for (int e = 0; e < C::kElements; ++e) {
+      const Place at = place<C>(horizontal, e * 32 + lane);
+      if (inside<C>(w, at) && strips.owns(at.col))
+        before.v[e] = *planes.at(at.col, w.i0 + at.m, position_of<C>(w, at.col));
+    }
+  }
+  __device__ __forceinline__ void store(const A* tile, const Window& w, bool horizontal, const Channels<C>& channels,
+                                        const Strips<C>& strips) const {
+    const int lane = opaque(threadIdx.x & 31);
+#pragma unroll
+    for (int e = 0; e < C::kElements; ++e) {
+      const Place at = place<C>(horizontal, e * 32 + lane);
+      if (!inside<C>(w, at) || !strips.owns(at.col) || !channels.owns(at.col)) continue;
+      const int i = w.i0 + at.m, j = position_of<C>(w, at.col);
+      A value = tile[at.m * C::kPitch + at.col];
+      if (u) value *= widen(raw_u.v[e]);
+      if (!first) value += before.v[e];
+      if (last)
+        narrow(value, *y.at(at.col, i, j));
+      else
+        *sums.at(at.col, i, j) = value;
+    }
+  }
+};
+
+template <class C>
+size_t strip_forward_bytes(bool stochastic, int per_block, bool halos) {
+  const size_t buffers = halos ? size_t(per_block) * C::CW * Strips<C>::kBuffer : 0;
+  return sizeof(typename C::A) *
+         (per_block * (WeightTile<C>::size(stochastic) + size_t(C::CW) * C::K * C::kPitch) + buffers);
+}
+
+template <class C>
+__device__ __forceinline__ Window window(const Job<C>& job, const Scan& scan, int i0, int end) {
+  return {i0, end - i0 < C::K ? end - i0 : C::K, job.strips.first_position(), int(scan.length)};
+}
+
+// One block (or cluster) per image, channel block and chunk; a warp per strip and channel of the block.
+template <class C>
+__global__ void __launch_bounds__(32 * kForwardWarps)
+    strip_forward(const __grid_constant__ Params p, const __grid_constant__ StripLaunch l) {
+  using A = typename C::A;
+  const Scan scan = make_scan(p, l.d);
+  const Job<C> job(p, l, scan);
+  const int strip = int(threadIdx.x) / 32 / C::CW, cw = job.strips.channel_warp;
+  A* const memory = reinterpret_cast<A*>(shared_memory());
+  const size_t weights_size = WeightTile<C>::size(p.stochastic);
+  const WeightTile<C> weights(memory + strip * weights_size, p.stochastic);
+  A* const tile = memory + l.per_block * weights_size + (threadIdx.x / 32) * (C::K * C::kPitch);
+  A* const halos = memory + l.per_block * (weights_size + C::CW * C::K * C::kPitch);
+
+  WeightLoader<C> weight_loader(p, job.channels, scan, job.n, l.d);
+  InputLoader<C> input(p, job.channels, scan, job.n, l.d);
+  Output<C> output(p, l, job.channels, scan, job.n);
+  const Checkpoints<C> checkpoints(p, job.channels, scan, job.n, l.d);
+
+  A h[C::P] = {};
+  Window w = window(job, scan, job.begin, job.end);
+  weight_loader.load(w, scan.horizontal, cw);
+  input.load(w, scan.horizontal);
+#pragma unroll 1
+  for (int t = 0; w.i0 < job.end; ++t) {
+    weight_loader.put(weights, w, scan.horizontal, cw);
+    input.put(tile, w, scan.horizontal);
+    share_barrier<C>();
+    if (job.active) output.load(w, scan.horizontal, job.strips);
+    const Window next = window(job, scan, w.i0 + C::K, job.end);
+    if (next.i0 < job.end) {  // under way while this tile is computed
+      weight_loader.load(next, scan.horizontal, cw);
+      input.load(next, scan.horizontal);
+    }
+    if (t > 0 && l.strips > 1) job.strips.exchange(halos, t & 1, h, l.cluster);
+    scan_tile<C>(p, h, weights, tile, w, checkpoints, job.channels, job.strips, job.active);
+    __syncwarp();
+    if (job.active) output.store(tile, w, scan.horizontal, job.channels, job.strips);
+    share_barrier<C>();
+    w = next;
+  }
+  if (l.cluster > 1) cluster_barrier();  // nobody leaves while a neighbour may still write into its memory
+}
+
+// ---- images that stay in shared memory
+
+struct ResidentLaunch {
+  int64_t blocks = 1;
+  int rounds = 0;
+  int slots[kMaxDirections][2];  // directions of a round: opposite ones, or one and -1
+};
+
+template <class C>
+struct ResidentMemory {
+  using T = typename C::T;
+  using A = typename C::A;
+  static constexpr int kChannels = C::CW * C::SEG;
+
+  // Odd rows, so that neither rows nor columns fall on one bank.
+  static GSPN_HOST_DEVICE int pitch(const Params& p) { return int(p.W) | 1; }
+  static GSPN_HOST_DEVICE size_t plane(const Params& p) { return size_t(p.H) * size_t(pitch(p)); }
+  static size_t bytes(const Params& p) {
+    const size_t tiles = 2 * (WeightTile<C>::size(p.stochastic) + size_t(C::CW) * C::K * C::kPitch);
+    return sizeof(A) * (tiles + kChannels * plane(p)) + sizeof(T) * kChannels * plane(p);
+  }
+};
+
+// A block holds x and the sums of a few channels and takes two opposite directions at a time, a warp each for every
+// channel. They meet in the middle: while one takes the first half of its lines the other takes what is the last half
+// to the first, so that neither adds to the same pixels, and one barrier later they change sides.
+template <class C>
+__global__ void __launch_bounds__(64 * C::CW)
+    resident_forward(const __grid_constant__ Params p, const __grid_constant__ ResidentLaunch l) {
+  using T = typename C::T;
+  using A = typename C::A;
+  using Memory = ResidentMemory<C>;
+  StripLaunch whole;
+  whole.blocks = l.blocks;
+  const int warp = int(threadIdx.x) / 32, side = warp / C::CW, cw = warp % C::CW;
+  const int pitch = Memory::pitch(p);
+  const size_t plane = Memory::plane(p);
+  A* const memory = reinterpret_cast<A*>(shared_memory());
+  const size_t weights_size = WeightTile<C>::size(p.stochastic);
+  const WeightTile<C> weights(memory + side * weights_size, p.stochastic);
+  A* const tile = memory + 2 * weights_size + warp * (C::K * C::kPitch);
+  A* const sums = memory + 2 * (weights_size + C::CW * C::K * C::kPitch);
+  T* const xs = reinterpret_cast<T*>(sums + Memory::kChannels * plane);
+
+  Job<C> job(p, whole, Scan{false, false, p.H, p.W});
+  job.strips.channel_warp = cw, job.strips.index = 0;
+  const Field x_field{xs + cw * C::SEG * plane, 0, 0, 0, int64_t(plane), 0, pitch, 1};
+  const Field sums_field{sums + cw * C::SEG * plane, 0, 0, 0, int64_t(plane), 0, pitch, 1};
+  const int lane = int(threadIdx.x) & 31, pixels = int(p.H) * int(p.W);
+  const Scan rows{false, false, p.H, p.W};
+  // Both warps of a channel copy it in, and in the end out.
+#pragma unroll
+  for (int s = 0; s < C::SEG; ++s) {
+    if (!job.active || job.channels.first + s >= job.channels.end) continue;
+    const Plane<const T> from = scan_plane<const T>(p.x, rows, job.n, 0, job.channels.first + s);
+    const Plane<T> to = scan_plane<T>(x_field, rows, 0, 0, s);
+    for (int e = side * 32 + lane; e < pixels; e += 64)
+      *to.at(e / int(p.W), e % int(p.W)) = *from.at(e / int(p.W), e % int(p.W));
+  }
+  __syncthreads();
+
+  for (int round = 0; round < l.rounds; ++round) {
+    const bool runs = l.slots[round][side] >= 0, paired = l.slots[round][0] >= 0 && l.slots[round][1] >= 0;
+    const int d = l.slots[round][runs ? side : 1 - side];
+    const Scan scan = make_scan(p, d);
+    const int lines = int(scan.lines), length = int(scan.length);
+
+    WeightLoader<C> weight_loader(p, job.channels, scan, job.n, d);
+    InputLoader<C> input(p, job.channels, scan, job.n, d);
+    Planes<C, A> y;
+#pragma unroll
+    for (int s = 0; s < C::SEG; ++s) {
+      input.x.plane[s] = scan_plane<const T>(x_field, scan, 0, 0, s);
+      y.plane[s] = scan_plane<A>(sums_field, scan, 0, 0, s);
+    }
+    const Planes<C, const T> u = job.channels.template planes<const T>(p, p.u, scan, job.n, d);
+    const Checkpoints<C> checkpoints(p, job.channels, scan, job.n, d);
+
+    // The first warp's lines up to `half` and the second's others make the first phase; a warp alone needs one phase.
+    const int half = lines / 2;
+    const int middle = !paired ? lines : side == 0 ? half : lines - half;
+    const int tiles = ((paired ? lines - half : lines) + C::K - 1) / C::K;  // of the longer half, alike for all warps
+    A h[C::P] = {};
+    for (int phase = 0; phase < (paired ? 2 : 1); ++phase) {
+      const int begin = phase == 0 ? 0 : middle, end = !runs ? begin : phase == 0 ? middle : lines;
+      const auto window_of = [&](int t) {
+        const int left = end - begin - t * C::K;
+        return Window{begin + t * C::K, left < 0 ? 0 : left < C::K ? left : C::K, 0, length};
+      };
+      const bool stores = round == 0 && phase == 0;  // nothing is there to be added to
+      weight_loader.load(window_of(0), scan.horizontal, cw);
+      input.load(window_of(0), scan.horizontal);
+#pragma unroll 1
+      for (int t = 0; t < tiles; ++t) {
+        const Window w = window_of(t), next = window_of(t + 1);
+        weight_loader.put(weights, w, scan.horizontal, cw);
+        input.put(tile, w, scan.horizontal);
+        share_barrier<C>();
+        Fragment<C, T, C::kElements> raw_u;
+        if (u) raw_u.load(u, w, scan.horizontal);
+        weight_loader.load(next, scan.horizontal, cw);  // under way while this tile is computed
+        input.load(next, scan.horizontal);
+        scan_tile<C>(p, h, weights, tile, w, checkpoints, job.channels, job.strips, job.active);
+        __syncwarp();
+        const int opaque_lane = opaque(lane);
+#pragma unroll
+        for (int e = 0; e < C::kElements; ++e) {
+          const Place at = place<C>(scan.horizontal, e * 32 + opaque_lane);
+          if (!inside<C>(w, at)) continue;
+          A* const sum = y.at(at.col, w.i0 + at.m, position_of<C>(w, at.col));
+          A value = tile[at.m * C::kPitch + at.col];
+          if (u) value *= widen(raw_u.v[e]);
+          *sum = stores ? value : *sum + value;
+        }
+        share_barrier<C>();
+      }
+      __syncthreads();
+    }
+  }
+
+#pragma unroll
+  for (int s = 0; s < C::SEG; ++s) {
+    if (!job.active || job.channels.first + s >= job.channels.end) continue;
+    const Plane<A> from = scan_plane<A>(sums_field, rows, 0, 0, s);
+    const Plane<T> to = scan_plane<T>(p.y, rows, job.n, 0, job.channels.first + s);
+    for (int e = side * 32 + lane; e < pixels; e += 64)
+      narrow(*from.at(e / int(p.W), e % int(p.W)), *to.at(e / int(p.W), e % int(p.W)));
+  }
+}
+
+}  // namespace gspn::cuda

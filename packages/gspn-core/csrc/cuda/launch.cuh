@@ -1,0 +1,165 @@
+// Launches for one storage type: plans, covers turned into template arguments, workspaces.
+#pragma once
+
+#include "backward.cuh"
+#include "plan.hpp"
+#include "typed.hpp"
+
+namespace gspn::cuda {
+
+// Calls use(Config<...>()) with the configuration of a cover. The covers of plan.hpp are the instances there are.
+template <class T, class Use>
+auto with_cover(const Cover& c, const Use& use) {
+  const auto is = [&](int P, int K, int CW, int SEG) { return c.P == P && c.K == K && c.CW == CW && c.SEG == SEG; };
+  if constexpr (sizeof(T) == 8) {
+    if (is(1, 4, 1, 1)) return use(Config<T, 1, 4, 1, 1>());
+    return use(Config<T, 2, 4, 1, 1>());
+  } else {
+    if (is(1, 8, 1, 4)) return use(Config<T, 1, 8, 1, 4>());
+    if (is(1, 8, 1, 2)) return use(Config<T, 1, 8, 1, 2>());
+    if (is(1, 8, 1, 1)) return use(Config<T, 1, 8, 1, 1>());
+    if (is(1, 8, 4, 1)) return use(Config<T, 1, 8, 4, 1>());
+    if (is(2, 8, 1, 1)) return use(Config<T, 2, 8, 1, 1>());
+    if (is(2, 8, 4, 1)) return use(Config<T, 2, 8, 4, 1>());
+    if (is(4, 4, 4, 1)) return use(Config<T, 4, 4, 4, 1>());
+    if (is(8, 2, 1, 1)) return use(Config<T, 8, 2, 1, 1>());
+    return use(Config<T, 4, 4, 1, 1>());
+  }
+}
+
+template <class T>
+bool resident(const Params& p, const Limits& limits, Cover& cover) {
+  const auto bytes = [&](const Cover& c) {
+    return with_cover<T>(c, [&](auto config) { return ResidentMemory<decltype(config)>::bytes(p); });
+  };
+  return plan_resident(p, limits, selected_path, bytes, cover);
+}
+
+template <class T>
+Plan forward_plan(const Params& p, int d, const Limits& limits) {
+  return plan_strips(p, d, limits, selected_path, kForwardWarps, [&](const Cover& c, int per_block) {
+    return with_cover<T>(
+        c, [&](auto config) { return strip_forward_bytes<decltype(config)>(p.stochastic, per_block, true); });
+  });
+}
+
+template <class T>
+Plan backward_plan(const Params& p, int d, const Limits& limits) {
+  return plan_strips(p, d, limits, selected_path, kBackwardWarps, [&](const Cover& c, int per_block) {
+    return with_cover<T>(c, [&](auto config) { return strip_backward_bytes<decltype(config)>(p, per_block, true); });
+  });
+}
+
+inline int64_t elements(const Params& p) { return p.N * p.C * p.H * p.W; }
+
+// Sums over directions need a place of their own where the output's type is not the accumulation's.
+template <class T>
+size_t sums_bytes(const Params& p, const Field& out) {
+  const bool needed = sizeof(T) != sizeof(Accumulator<T>) && p.D > 1 && out.data != nullptr;
+  return needed ? size_t(elements(p)) * sizeof(Accumulator<T>) : 0;
+}
+
+inline StripLaunch strip_launch(const Params& p, const Plan& plan, int d, void* sums) {
+  StripLaunch l;
+  l.d = d;
+  l.strips = plan.strips, l.per_block = plan.per_block, l.cluster = plan.cluster;
+  l.chunks = chunks_of(p, make_scan(p, d));
+  l.blocks = blocks_of(p, plan.cover);
+  l.first = d == 0, l.last = d == p.D - 1;
+  l.sums = sums;
+  return l;
+}
+
+template <class T>
+size_t Typed<T>::forward_workspace(const Params& p) {
+  Cover cover;
+  return resident<T>(p, device_limits(), cover) ? 0 : sums_bytes<T>(p, p.y);
+}
+
+template <class T>
+void Typed<T>::forward(const Params& p, void* workspace, void* raw_stream) {
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  const Limits device = device_limits();
+  Cover cover;
+  if (resident<T>(p, device, cover)) {
+    ResidentLaunch l;
+    l.blocks = blocks_of(p, cover);
+    bool taken[kMaxDirections] = {};
+    for (int d = 0; d < p.D; ++d) {
+      if (taken[d]) continue;
+      int opposite = -1;
+      for (int e = d + 1; e < p.D; ++e)
+        if (!taken[e] && (int(p.directions[d]) ^ 1) == int(p.directions[e])) opposite = e;
+      if (opposite >= 0) taken[opposite] = true;
+      l.slots[l.rounds][0] = d, l.slots[l.rounds][1] = opposite;
+      ++l.rounds;
+    }
+    with_cover<T>(cover, [&](auto config) {
+      using C = decltype(config);
+      if constexpr (sizeof(T) != 8 && C::P <= 4)
+        launch(resident_forward<C>, p.N * l.blocks, 64 * C::CW, ResidentMemory<C>::bytes(p), 1, stream, p, l);
+    });
+    return;
+  }
+  void* const sums = sums_bytes<T>(p, p.y) > 0 ? workspace : nullptr;
+  for (int d = 0; d < p.D; ++d) {
+    const Plan plan = forward_plan<T>(p, d, device);
+    const StripLaunch l = strip_launch(p, plan, d, sums);
+    with_cover<T>(plan.cover, [&](auto config) {
+      using C = decltype(config);
+      launch(strip_forward<C>, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
+             strip_forward_bytes<C>(p.stochastic, l.per_block, l.strips > 1), l.cluster, stream, p, l);
+    });
+  }
+}
+
+template <class T>
+Partials partials_for(const Params& p, const Plan& plan) {
+  return with_cover<T>(plan.cover, [&](auto config) { return partials_of<decltype(config)>(p); });
+}
+
+template <class T>
+size_t Typed<T>::backward_workspace(const Params& p) {
+  int64_t most = 0;
+  const Limits device = device_limits();
+  for (int d = 0; d < p.D; ++d) {
+    const Partials s = partials_for<T>(p, backward_plan<T>(p, d, device));
+    const int64_t needed = s.weights + s.lam + s.u;
+    most = needed > most ? needed : most;
+  }
+  return sums_bytes<T>(p, p.dx) + size_t(most) * sizeof(Accumulator<T>);
+}
+
+template <class T>
+void Typed<T>::backward(const Params& p, void* workspace, void* raw_stream) {
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  using A = Accumulator<T>;
+  const Limits device = device_limits();
+  const size_t sums_size = sums_bytes<T>(p, p.dx);
+  A* const partials = reinterpret_cast<A*>(static_cast<char*>(workspace) + sums_size);
+  for (int d = 0; d < p.D; ++d) {
+    const Plan plan = backward_plan<T>(p, d, device);
+    StripLaunch l = strip_launch(p, plan, d, sums_size > 0 ? workspace : nullptr);
+    l.partials = partials;
+    with_cover<T>(plan.cover, [&](auto config) {
+      using C = decltype(config);
+      launch(strip_backward<C>, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
+             strip_backward_bytes<C>(p, l.per_block, l.strips > 1), l.cluster, stream, p, l);
+    });
+    const Partials s = partials_for<T>(p, plan);
+    const int64_t plane = p.H * p.W;
+    const auto finish_blocks = [&](int64_t channels) {
+      return (p.N * channels * plane + kFinishThreads - 1) / kFinishThreads;
+    };
+    const A* next = partials;
+    if (s.weights > 0)
+      launch(finish_weights<T>, finish_blocks(p.weights.channels), kFinishThreads, 0, 1, stream, p, d, s.parts, next);
+    next += s.weights;
+    if (s.lam > 0)
+      launch(finish_gate<T>, finish_blocks(p.lam.channels), kFinishThreads, 0, 1, stream, p, p.dlam, d, next);
+    next += s.lam;
+    if (s.u > 0) launch(finish_gate<T>, finish_blocks(p.u.channels), kFinishThreads, 0, 1, stream, p, p.du, d, next);
+  }
+}
+
+}  // namespace gspn::cuda

@@ -1,0 +1,127 @@
+// Which kernel serves a call: all thresholds, in one place, with their reasons. Knows shapes and the device's limits,
+// launches nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "gspn/params.hpp"
+
+namespace gspn::cuda {
+
+enum class Path { kAuto, kResident, kStrip, kCluster };
+inline Path selected_path = Path::kAuto;
+
+struct Limits {
+  int major;  // compute capability; clusters from 9 on
+  int multiprocessors;
+  size_t shared_bytes;  // of one block
+};
+
+// How lines are covered; see Config.
+struct Cover {
+  int P, K, CW, SEG;
+};
+
+struct Plan {
+  Cover cover;
+  int strips = 1, per_block = 1, cluster = 1;
+};
+
+// ---- the table
+//
+// Lines no longer than a warp's reach need no exchange between warps, so P is the smallest that reaches: lanes without
+// positions cost as much as lanes with them. K = 8 lines of 4 bytes are a sector of 32 bytes for each row that a
+// horizontal scan visits; P = 4 affords 4, for registers hold K P elements of every plane.
+constexpr Cover kShort[] = {{1, 8, 1, 4}, {1, 8, 1, 2}, {1, 8, 1, 1}, {2, 8, 1, 1}, {4, 4, 1, 1}};
+// Longer lines are cut into strips that overlap by 2 K positions: 120 of 128 positions are useful at P = 4, K = 4.
+constexpr Cover kLong = {4, 4, 1, 1};
+// A last resort without clusters, where a block has to hold a line of thousands: 252 of 256 are useful.
+constexpr Cover kLongest = {8, 2, 1, 1};
+// float64 has one simple way.
+constexpr Cover kDouble[] = {{1, 4, 1, 1}, {2, 4, 1, 1}};
+// Channels that share weights come four to a block: weights are then normalised once for four.
+constexpr int kSharing = 4;
+// Twelve warps leave a thread 168 registers, which the forward kernels need; the backward ones need up to 255.
+constexpr int kForwardWarps = 12, kBackwardWarps = 8;
+constexpr int kMostCluster = 8;  // what every device with clusters has
+// Beyond 128 positions a line does not fit one warp, and the resident kernel knows no strips.
+constexpr int kResidentLength = 128;
+
+inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+inline int width(const Cover& c) { return 32 * c.P; }
+inline int useful(const Cover& c) { return width(c) - 2 * c.K; }
+
+inline bool fits_one_warp(const Cover& c, int64_t length) { return length <= width(c) / c.SEG; }
+
+inline Cover cover_of(const Params& p, int64_t length, bool may_share) {
+  if (p.dtype == Dtype::kFloat64) return fits_one_warp(kDouble[0], length) ? kDouble[0] : kDouble[1];
+  for (Cover c : kShort) {
+    if (!fits_one_warp(c, length)) continue;
+    if (c.SEG == 1 && may_share && p.C / p.weights.channels > 1) c.CW = kSharing;
+    return c;
+  }
+  return kLong;
+}
+
+inline int64_t blocks_of(const Params& p, const Cover& c) {
+  const int64_t group = p.C / p.weights.channels;
+  return c.CW > 1 ? p.weights.channels * ceil_div(group, c.CW) : ceil_div(p.C, c.SEG);
+}
+
+inline int chunks_of(const Params& p, const Scan& scan) {
+  return p.chunk > 0 && p.chunk < scan.lines ? ceil_div(scan.lines, p.chunk) : 1;
+}
+
+// Cuts lines into strips for blocks and clusters. bytes(cover, strips of a block) is the shared memory it would take.
+template <class Bytes>
+bool cut(const Cover& cover, int64_t length, const Limits& limits, int most_warps, const Bytes& bytes, Plan& plan) {
+  plan.cover = cover;
+  plan.strips = fits_one_warp(cover, length) ? 1 : ceil_div(length, useful(cover));
+  for (plan.cluster = 1; plan.cluster <= (limits.major >= 9 ? kMostCluster : 1); plan.cluster *= 2) {
+    plan.per_block = ceil_div(plan.strips, plan.cluster);
+    if (plan.per_block * cover.CW <= most_warps && bytes(cover, plan.per_block) <= limits.shared_bytes) return true;
+  }
+  return false;
+}
+
+template <class Bytes>
+Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int most_warps, const Bytes& bytes) {
+  const Scan scan = make_scan(p, d);
+  Plan plan;
+  bool possible = cut(cover_of(p, scan.length, true), scan.length, limits, most_warps, bytes, plan);
+  if (!possible && p.dtype != Dtype::kFloat64) possible = cut(kLongest, scan.length, limits, most_warps, bytes, plan);
+  if (!possible)
+    throw std::invalid_argument("gspn_core: lines of " + std::to_string(scan.length) +
+                                " positions are longer than the CUDA kernels serve on this device");
+  // Few scans leave most of the device idle: a cluster of blocks to a line puts more of it to work.
+  const int64_t blocks = p.N * blocks_of(p, plan.cover) * chunks_of(p, scan);
+  const auto may_grow = [&] {
+    if (limits.major < 9 || plan.cluster * 2 > kMostCluster || plan.per_block == 1) return false;
+    return path == Path::kCluster || blocks * plan.cluster * 2 <= limits.multiprocessors;
+  };
+  while (path != Path::kStrip && may_grow()) {
+    plan.cluster *= 2;
+    plan.per_block = ceil_div(plan.strips, plan.cluster);
+  }
+  return plan;
+}
+
+// Whether all directions can be taken in shared memory at once: worth it from two directions on, which would
+// otherwise read x and add to y once each.
+template <class Bytes>
+bool plan_resident(const Params& p, const Limits& limits, Path path, const Bytes& bytes, Cover& cover) {
+  const int64_t length = p.H > p.W ? p.H : p.W;
+  if (path == Path::kStrip || path == Path::kCluster || p.dtype == Dtype::kFloat64) return false;
+  if (length > kResidentLength || (p.D < 2 && path != Path::kResident)) return false;
+  for (const bool share : {true, false}) {
+    cover = cover_of(p, length, share);
+    if (bytes(cover) <= limits.shared_bytes) return true;
+  }
+  return false;
+}
+
+}  // namespace gspn::cuda

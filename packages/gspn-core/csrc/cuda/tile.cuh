@@ -1,0 +1,388 @@
+// Tiles: a few lines of a strip, in shared memory. A strip is the part of a line that one warp computes. A lane owns P
+// positions in a row of it, so a step of the scan needs one shuffle to either side.
+//
+// Every tensor is read the way the image lies in memory, element by element through its strides, into registers;
+// conversion, normalisation and the product with the input gate happen on the way to shared memory, where horizontal
+// scans find their lines transposed. So any dtype, alignment and stride takes the same path, and the loads of the next
+// tile are under way while the current one is computed.
+#pragma once
+
+#include "device.cuh"
+#include "gspn/params.hpp"
+
+namespace gspn::cuda {
+
+// How a kernel covers its lines.
+//   P     positions of a lane              K   lines of a tile
+//   CW    channel warps that share the normalised weights of a strip
+//   SEG   channels side by side in one warp, for lines much shorter than it
+template <class T_, int P_, int K_, int CW_, int SEG_>
+struct Config {
+  using T = T_;
+  using A = Accumulator<T>;
+  static constexpr int P = P_, K = K_, CW = CW_, SEG = SEG_;
+  static constexpr int kWidth = 32 * P;
+  static constexpr int kPitch = kWidth + 4;      // keeps lanes that write down a column off each other's banks
+  static constexpr int kElements = K * P;        // of a tile, per lane
+  static constexpr int kShare = kElements / CW;  // of a tile of weights, per lane
+  static constexpr int kSegment = kWidth / SEG;  // positions of one channel
+  static constexpr int kLanes = 32 / SEG;        // lanes of one channel
+  static_assert(kElements % CW == 0 && (CW == 1 || SEG == 1), "weights are shared by whole warps");
+};
+
+template <class A, int P>
+struct alignas(P * sizeof(A) < 16 ? P * sizeof(A) : 16) Pack {
+  A v[P];
+};
+
+// One plane of a field in scan order: line i, position j stand at data + i * line + j * position. A plane spans less
+// than 2^31 elements, a tensor may hold more.
+template <class T>
+struct Plane {
+  T* data = nullptr;
+  int line = 0, position = 0;
+
+  __device__ __forceinline__ T* at(int i, int j) const { return data + (i * line + j * position); }
+  __device__ __forceinline__ Plane opaque_strides() const { return {data, opaque(line), opaque(position)}; }
+};
+
+template <class T>
+__device__ __forceinline__ Plane<T> scan_plane(const Field& f, const Scan& scan, int64_t n, int64_t d, int64_t c,
+                                               int64_t k = 0) {
+  T* data = static_cast<T*>(f.data) + (n * f.n + d * f.d + c * f.c + k * f.k);
+  int line = int(scan.horizontal ? f.col : f.row);
+  const int position = int(scan.horizontal ? f.row : f.col);
+  if (scan.reversed) {
+    data += (scan.lines - 1) * line;
+    line = -line;
+  }
+  return {data, line, position};
+}
+
+// The channel of a field with fewer channels that serves channel c of x.
+__device__ __forceinline__ int shared_channel(const Params& p, const Field& f, int c) {
+  return c / int(p.C / f.channels);
+}
+
+// Element `index` of a tile. Lanes follow each other along the rows of the image.
+struct Place {
+  int m, col;
+};
+template <class C>
+__device__ __forceinline__ Place place(bool horizontal, int index) {
+  if (horizontal) return {index % C::K, index / C::K};
+  return {index / C::kWidth, index % C::kWidth};
+}
+
+// The lines of a tile and where its strip stands on them.
+struct Window {
+  int i0, count;  // lines [i0, i0 + count)
+  int j0;         // position of column 0; a strip may begin before the line and end behind it
+  int length;
+};
+
+constexpr int kSaturation = -28;  // logits below saturate: three factors 1 + exp(28) still fit a float
+
+// The ternary keeps NaN, fmax would drop it.
+template <class T, class A>
+__device__ __forceinline__ A exp_negative(A logit) {
+  return exponential<T>(-(logit < A(kSaturation) ? A(kSaturation) : logit));
+}
+
+// The stability-context condition with e_k = exp(-l_k): sigma_k / sum = prod_{m != k} (1 + e_m) / sum of such products.
+template <class T, class A>
+__device__ __forceinline__ void normalise(A la, A lb, A lc, bool has_left, bool has_right, A& a, A& c) {
+  const A ea = has_left ? A(1) + exp_negative<T>(la) : A(1), eb = A(1) + exp_negative<T>(lb);
+  const A ec = has_right ? A(1) + exp_negative<T>(lc) : A(1);
+  const A na = has_left ? eb * ec : A(0), nb = ea * ec, nc = has_right ? ea * eb : A(0);
+  const A inverse = reciprocal<T>(na + nb + nc);
+  a = na * inverse;
+  c = nc * inverse;
+}
+
+// 1 - sigma, and 0 where the logit is saturated.
+template <class T, class A>
+__device__ __forceinline__ A slope(A logit) {
+  const A e = exp_negative<T>(logit);
+  return logit < A(kSaturation) ? A(0) : e * reciprocal<T>(A(1) + e);
+}
+
+// Per-channel planes of the segments of a warp; one pointer where the warp serves one channel.
+template <class C, class T>
+struct Planes {
+  Plane<T> plane[C::SEG];
+
+  __device__ __forceinline__ T* at(int col, int i, int j) const {
+    if constexpr (C::SEG == 1) return plane[0].at(i, j);
+    T* p = plane[0].at(i, j);
+#pragma unroll
+    for (int s = 1; s < C::SEG; ++s)
+      if (col / C::kSegment == s) p = plane[s].at(i, j);
+    return p;
+  }
+  __device__ __forceinline__ Planes opaque_strides() const {
+    Planes planes;
+#pragma unroll
+    for (int s = 0; s < C::SEG; ++s) planes.plane[s] = plane[s].opaque_strides();
+    return planes;
+  }
+  __device__ __forceinline__ explicit operator bool() const { return plane[0].data != nullptr; }
+};
+
+// Which channels a warp serves.
+template <class C>
+struct Channels {
+  int first;  // of x; the warp serves [first, first + SEG), less those from `end` on
+  int end;
+
+  __device__ __forceinline__ int of_segment(int s) const { return first + s < end ? first + s : end - 1; }
+  __device__ __forceinline__ bool owns(int col) const { return first + col / C::kSegment < end; }
+
+  template <class T>
+  __device__ __forceinline__ Planes<C, T> planes(const Params& p, const Field& f, const Scan& scan, int64_t n,
+                                                 int64_t d, int64_t k = 0) const {
+    Planes<C, T> planes;
+    if (f.data == nullptr) return planes;
+#pragma unroll
+    for (int s = 0; s < C::SEG; ++s)
+      planes.plane[s] = scan_plane<T>(f, scan, n, d, shared_channel(p, f, of_segment(s)), k);
+    return planes;
+  }
+};
+
+template <class C>
+__device__ __forceinline__ int position_of(const Window& w, int col) {
+  return w.j0 + col % C::kSegment;
+}
+template <class C>
+__device__ __forceinline__ bool inside(const Window& w, const Place& at) {
+  const int j = position_of<C>(w, at.col);
+  return at.m < w.count && j >= 0 && j < w.length;
+}
+
+// One value per element of a tile, held by the lane that loaded it; every CW-th round of a shared one.
+template <class C, class V, int kCount>
+struct Fragment {
+  V v[kCount];
+
+  // Elements outside the line keep what they had.
+  template <class T>
+  __device__ __forceinline__ void load(const Planes<C, T>& from, const Window& w, bool horizontal, int step = 1,
+                                       int first = 0) {
+    const int start = opaque(first * 32 + int(threadIdx.x & 31));
+    const Planes<C, T> planes = from.opaque_strides();
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      const Place at = place<C>(horizontal, e * step * 32 + start);
+      if (inside<C>(w, at)) v[e] = *planes.at(at.col, w.i0 + at.m, position_of<C>(w, at.col));
+    }
+  }
+};
+
+// Asks for what the tile at `w` will load, once for every 32 bytes.
+template <class C, class T>
+__device__ __forceinline__ void prefetch_tile(const Planes<C, T>& from, const Window& w, bool horizontal) {
+  constexpr int kStep = 32 / int(sizeof(T));
+  const int lane = opaque(threadIdx.x & 31);
+#pragma unroll
+  for (int e = 0; e < C::kElements; ++e) {
+    const int index = e * 32 + lane;
+    const Place at = place<C>(horizontal, index);
+    const bool first = horizontal ? at.m % kStep == 0 : at.col % kStep == 0;
+    if (first && inside<C>(w, at)) prefetch(from.at(at.col, w.i0 + at.m, position_of<C>(w, at.col)));
+  }
+}
+
+// The weights of a strip's tile. Row-stochastic ones are kept as a and c: b = 1 - a - c.
+template <class C>
+struct WeightTile {
+  using A = typename C::A;
+  A *a, *c, *b;  // b is null for row-stochastic weights
+
+  static GSPN_HOST_DEVICE constexpr size_t size(bool stochastic) {
+    return size_t(stochastic ? 2 : 3) * C::K * C::kPitch;
+  }
+  __device__ __forceinline__ WeightTile(A* memory, bool stochastic)
+      : a(memory), c(memory + C::K * C::kPitch), b(stochastic ? nullptr : memory + 2 * C::K * C::kPitch) {}
+};
+
+template <class C>
+struct WeightLoader {
+  using T = typename C::T;
+  using A = typename C::A;
+  Planes<C, const T> planes[3];
+  Fragment<C, T, C::kShare> raw[3];
+
+  __device__ __forceinline__ WeightLoader(const Params& p, const Channels<C>& channels, const Scan& scan, int64_t n,
+                                          int64_t d) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) planes[k] = channels.template planes<const T>(p, p.weights, scan, n, d, k);
+  }
+  // The part of channel warp cw.
+  __device__ __forceinline__ void load(const Window& w, bool horizontal, int cw) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) raw[k].load(planes[k], w, horizontal, C::CW, cw);
+  }
+  // Normalises what was loaded into shared memory; given weights go as they are. A neighbour beyond the line's end
+  // weighs nothing, whatever stands there, and positions outside the line keep a state of zero.
+  __device__ __forceinline__ void put(const WeightTile<C>& tile, const Window& w, bool horizontal, int cw) const {
+    const int lane = opaque(threadIdx.x & 31);
+#pragma unroll
+    for (int e = 0; e < C::kShare; ++e) {
+      const Place at = place<C>(horizontal, (e * C::CW + cw) * 32 + lane);
+      if (at.m >= w.count) continue;
+      const int j = position_of<C>(w, at.col), o = at.m * C::kPitch + at.col;
+      const bool valid = j >= 0 && j < w.length;
+      A a = 0, b = 0, c = 0;
+      if (valid && tile.b == nullptr) {
+        normalise<T>(widen(raw[0].v[e]), widen(raw[1].v[e]), widen(raw[2].v[e]), j > 0, j + 1 < w.length, a, c);
+      } else if (valid) {
+        a = j > 0 ? widen(raw[0].v[e]) : A(0);
+        b = widen(raw[1].v[e]);
+        c = j + 1 < w.length ? widen(raw[2].v[e]) : A(0);
+      }
+      tile.a[o] = a;
+      tile.c[o] = c;
+      if (tile.b != nullptr) tile.b[o] = b;
+    }
+  }
+};
+
+// The gated input lam x of a strip's tile.
+template <class C>
+struct InputLoader {
+  using T = typename C::T;
+  using A = typename C::A;
+  Planes<C, const T> x, lam;
+  Fragment<C, T, C::kElements> raw_x, raw_lam;
+
+  __device__ __forceinline__ InputLoader(const Params& p, const Channels<C>& channels, const Scan& scan, int64_t n,
+                                         int64_t d)
+      : x(channels.template planes<const T>(p, p.x, scan, n, 0)),
+        lam(channels.template planes<const T>(p, p.lam, scan, n, d)) {}
+
+  __device__ __forceinline__ void load(const Window& w, bool horizontal) {
+    raw_x.load(x, w, horizontal);
+    if (lam) raw_lam.load(lam, w, horizontal);
+  }
+  __device__ __forceinline__ void put(A* tile, const Window& w, bool horizontal) const {
+    const int lane = opaque(threadIdx.x & 31);
+#pragma unroll
+    for (int e = 0; e < C::kElements; ++e) {
+      const Place at = place<C>(horizontal, e * 32 + lane);
+      if (at.m >= w.count) continue;
+      A f = 0;
+      if (inside<C>(w, at)) f = lam ? widen(raw_lam.v[e]) * widen(raw_x.v[e]) : widen(raw_x.v[e]);
+      tile[at.m * C::kPitch + at.col] = f;
+    }
+  }
+};
+
+template <class C>
+__device__ __forceinline__ Pack<typename C::A, C::P> row_of_lane(const typename C::A* tile, int m) {
+  const int lane = threadIdx.x & 31;
+  return *reinterpret_cast<const Pack<typename C::A, C::P>*>(tile + m * C::kPitch + lane * C::P);
+}
+
+// h'[j] = sum_k w_k[j] h[j+k] + f[j] on the lane's positions. Row-stochastic weights use the difference form,
+// h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. What a shuffle brings
+// in from outside a segment meets a weight of zero.
+template <class C>
+__device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<C>& weights, const typename C::A* input,
+                                     int m, bool starts_chunk) {
+  using A = typename C::A;
+  constexpr int P = C::P;
+  const Pack<A, P> a = row_of_lane<C>(weights.a, m), c = row_of_lane<C>(weights.c, m), f = row_of_lane<C>(input, m);
+  const A from_left = __shfl_up_sync(~0u, h[P - 1], 1, C::kLanes);
+  const A from_right = __shfl_down_sync(~0u, h[0], 1, C::kLanes);
+  A next[P];
+  if (weights.b == nullptr) {
+#pragma unroll
+    for (int q = 0; q < P; ++q) {
+      const A left = q > 0 ? h[q > 0 ? q - 1 : 0] : from_left,
+              right = q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right;
+      next[q] = (h[q] + f.v[q]) + a.v[q] * (left - h[q]) + c.v[q] * (right - h[q]);
+    }
+  } else {
+    const Pack<A, P> b = row_of_lane<C>(weights.b, m);
+#pragma unroll
+    for (int q = 0; q < P; ++q) {
+      const A left = q > 0 ? h[q > 0 ? q - 1 : 0] : from_left,
+              right = q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right;
+      next[q] = a.v[q] * left + b.v[q] * h[q] + c.v[q] * right + f.v[q];
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < P; ++q) h[q] = starts_chunk ? f.v[q] : next[q];
+}
+
+template <class C>
+__device__ __forceinline__ void put_row(typename C::A* tile, int m, const typename C::A (&h)[C::P]) {
+  const int lane = threadIdx.x & 31;
+  Pack<typename C::A, C::P> pack;
+#pragma unroll
+  for (int q = 0; q < C::P; ++q) pack.v[q] = h[q];
+  *reinterpret_cast<Pack<typename C::A, C::P>*>(tile + m * C::kPitch + lane * C::P) = pack;
+}
+
+__device__ __forceinline__ bool starts_chunk(const Params& p, int i) {
+  return i == 0 || (p.chunk > 0 && i % int(p.chunk) == 0);
+}
+
+// Barrier among the warps that share a strip's weights: the whole block where there are several, else the warp.
+template <class C>
+__device__ __forceinline__ void share_barrier() {
+  if constexpr (C::CW > 1)
+    __syncthreads();
+  else
+    __syncwarp();
+}
+
+// The strips of a line, and the exchange of their edges. Neighbouring strips overlap by 2 K columns. After an exchange
+// a strip is right everywhere; each line then spoils one more column from its edges, so it holds for K lines.
+template <class C>
+struct Strips {
+  using A = typename C::A;
+  static constexpr int kUseful = C::kWidth - 2 * C::K;
+  // Elements of one warp's buffer: [parity][side][K]. Two parities, so that a neighbour may already send the next
+  // edges while a slow warp still reads these.
+  static constexpr int kBuffer = 2 * 2 * C::K;
+
+  int index, count;     // this strip, strips of a line
+  int per_block, rank;  // strips of a block; this block's rank in its cluster
+  int channel_warp;
+
+  __device__ __forceinline__ int halo() const { return count > 1 ? C::K : 0; }
+  __device__ __forceinline__ int first_position() const { return count > 1 ? index * kUseful - C::K : 0; }
+  // Columns whose results belong to this strip.
+  __device__ __forceinline__ bool owns(int col) const { return count == 1 || (col >= C::K && col < C::kWidth - C::K); }
+
+  __device__ __forceinline__ A* buffer_of(A* all, int strip) const {
+    A* const buffer = all + ((strip % per_block) * C::CW + channel_warp) * kBuffer;
+    return strip / per_block == rank ? buffer : cluster_map(buffer, strip / per_block);
+  }
+  __device__ __forceinline__ void exchange(A* all, int parity, A (&h)[C::P], int cluster) const {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int q = 0; q < C::P; ++q) {
+      const int col = lane * C::P + q;
+      if (index > 0 && col >= C::K && col < 2 * C::K)  // my left edge is the right halo of the strip before
+        buffer_of(all, index - 1)[(parity * 2 + 1) * C::K + col - C::K] = h[q];
+      if (index + 1 < count && col >= C::kWidth - 2 * C::K && col < C::kWidth - C::K)
+        buffer_of(all, index + 1)[parity * 2 * C::K + col - (C::kWidth - 2 * C::K)] = h[q];
+    }
+    if (cluster > 1)
+      cluster_barrier();
+    else
+      __syncthreads();
+    const A* const mine = all + ((index % per_block) * C::CW + channel_warp) * kBuffer;
+#pragma unroll
+    for (int q = 0; q < C::P; ++q) {
+      const int col = lane * C::P + q;
+      if (index > 0 && col < C::K) h[q] = mine[parity * 2 * C::K + col];
+      if (index + 1 < count && col >= C::kWidth - C::K) h[q] = mine[(parity * 2 + 1) * C::K + col - (C::kWidth - C::K)];
+    }
+  }
+};
+
+}  // namespace gspn::cuda

@@ -1,0 +1,18 @@
+// The kernels of one storage type: declared here, instantiated in a translation unit each.
+#pragma once
+
+#include <cstddef>
+
+#include "gspn/params.hpp"
+
+namespace gspn::cuda {
+
+template <class T>
+struct Typed {
+  static size_t forward_workspace(const Params& p);
+  static size_t backward_workspace(const Params& p);
+  static void forward(const Params& p, void* workspace, void* stream);
+  static void backward(const Params& p, void* workspace, void* stream);
+};
+
+}  // namespace gspn::cuda

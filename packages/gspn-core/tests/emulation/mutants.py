@@ -1,0 +1,169 @@
+"""Breaks the CUDA kernels on purpose, one way at a time, and shows that the tests notice every one.
+
+    python tests/emulation/mutants.py [--only NAME]
+
+A mutant is a copy of the kernels with one line changed, compiled for the host for float32 alone. It must be noticed
+where its kind of fault shows: by wrong values against the reference, by AddressSanitizer, or by ThreadSanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import build
+
+CUDA = build.HERE.parent.parent / "csrc" / "cuda"
+TESTS = build.HERE.parent / "test_cuda_emulated.py"
+
+# The other types would take most of the time to compile and show nothing more.
+STUB = """#include <stdexcept>
+#include "device.cuh"
+#include "typed.hpp"
+namespace gspn::cuda {{
+template <> size_t Typed<{0}>::forward_workspace(const Params&) {{ throw std::invalid_argument("not built"); }}
+template <> size_t Typed<{0}>::backward_workspace(const Params&) {{ throw std::invalid_argument("not built"); }}
+template <> void Typed<{0}>::forward(const Params&, void*, void*) {{}}
+template <> void Typed<{0}>::backward(const Params&, void*, void*) {{}}
+}}
+"""
+STUBS = {"float64": "double", "bfloat16": "BFloat16", "float16": "Float16"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of one place in one file, and who has to notice it: values, address or thread."""
+
+    name: str
+    noticed_by: str
+    file: str
+    before: str
+    after: str
+
+
+MUTANTS = (
+    Mutant(
+        "left border weighs",
+        "values",
+        "tile.cuh",
+        "widen(raw[2].v[e]), j > 0, j + 1",
+        "widen(raw[2].v[e]), true, j + 1",
+    ),
+    Mutant("chunks run on", "values", "tile.cuh", "h[q] = starts_chunk ? f.v[q] : next[q];", "h[q] = next[q];"),
+    Mutant("wrong difference", "values", "tile.cuh", "c.v[q] * (right - h[q]);", "c.v[q] * (right - left);"),
+    Mutant("logits do not saturate", "values", "tile.cuh", "logit < A(kSaturation) ? A(kSaturation) : logit", "logit"),
+    Mutant("sums start anew", "values", "forward.cuh", "if (!first) value += before.v[e];", ""),
+    Mutant(
+        "halo one short", "values", "tile.cuh", "? index * kUseful - C::K : 0", "? index * (kUseful + 1) - C::K : 0"
+    ),
+    Mutant("edges of states stay wrong", "values", "backward.cuh", "put_row<C>(states, w.i0 - begin, h);", ""),
+    Mutant("adjoint leaks at the edge", "values", "backward.cuh", "if (lane % C::kLanes == 0) from_left = 0;", ""),
+    Mutant(
+        "adjoint loses its own weight", "values", "backward.cuh", "v[q] = b[q] * g[q] + right", "v[q] = g[q] + right"
+    ),
+    Mutant("last part left out", "values", "backward.cuh", "part < parts; ++part", "part + 1 < parts; ++part"),
+    Mutant("one channel too few", "values", "backward.cuh", "c < job.warps && !", "c + 1 < job.warps && !"),
+    Mutant("read past the line", "address", "tile.cuh", "j >= 0 && j < w.length;\n}", "j >= 0 && j <= w.length;\n}"),
+    Mutant("shared memory without pads", "address", "forward.cuh", "(WeightTile<C>::size(stochastic) + ", "("),
+    Mutant(
+        "no barrier after the exchange",
+        "thread",
+        "tile.cuh",
+        "    else\n      __syncthreads();\n    const A* const mine",
+        "    const A* const mine",
+    ),
+    Mutant("one buffer for all exchanges", "thread", "forward.cuh", "exchange(halos, t & 1, h", "exchange(halos, 0, h"),
+    Mutant(
+        "no barrier before the weights are used",
+        "thread",
+        "forward.cuh",
+        "share_barrier<C>();\n    if (job.active) output.load",
+        "if (job.active) output.load",
+    ),
+    Mutant(
+        "no barrier before the tile is stored",
+        "thread",
+        "forward.cuh",
+        "__syncwarp();\n    if (job.active) output.store",
+        "if (job.active) output.store",
+    ),
+    Mutant(
+        "no meeting in the middle",
+        "thread",
+        "forward.cuh",
+        "        share_barrier<C>();\n      }\n      __syncthreads();",
+        "        share_barrier<C>();\n      }",
+    ),
+    Mutant(
+        "states read before they are there",
+        "thread",
+        "backward.cuh",
+        "adjoint_step<C>(v, weights, tile, m);\n      share_barrier<C>();",
+        "adjoint_step<C>(v, weights, tile, m);",
+    ),
+)
+
+
+def _notice(mutant: Mutant, sources: Path, work: Path) -> str:
+    """Build a mutant, run what must notice it, and return what was said; empty if nothing was."""
+    option = f"-DGSPN_CUDA_SOURCES={sources}"
+    if mutant.noticed_by == "values":
+        module = build.build_module(work / "build", option)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS)]
+        command += ["-k", "not sanit and not memory_errors and not bfloat16 and not float16 and not float64"]
+        environment = os.environ | {"GSPN_EMULATED_MODULE": str(module), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent.parent)
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        return failed[0] if done.returncode == 1 and failed else ""
+    program = build.build_races(mutant.noticed_by, work / "build", option)
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([program, "float32"], capture_output=True, text=True, env=environment)
+    said = [line for line in done.stderr.splitlines() if "SUMMARY" in line]
+    return said[0] if done.returncode != 0 and said else ""
+
+
+def _check(mutant: Mutant) -> tuple[Mutant, str, float]:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        sources = Path(folder) / "csrc" / "cuda"
+        shutil.copytree(CUDA.parent, sources.parent)
+        for name, storage in STUBS.items():
+            (sources / f"kernels_{name}.cu").write_text(STUB.format(storage))
+        text = (sources / mutant.file).read_text()
+        if text.count(mutant.before) != 1:
+            raise RuntimeError(f"{mutant.name}: its text stands {text.count(mutant.before)} times in {mutant.file}")
+        (sources / mutant.file).write_text(text.replace(mutant.before, mutant.after))
+        said = _notice(mutant, sources, Path(folder))
+    return mutant, said, time.perf_counter() - start
+
+
+def main() -> int:
+    """Return 0 if every mutant was noticed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="the mutants whose name contains this")
+    only = parser.parse_args().only
+    if build.missing():
+        print(build.missing(), file=sys.stderr)
+        return 1
+    mutants = [mutant for mutant in MUTANTS if only is None or only in mutant.name]
+    unnoticed = 0
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for mutant, said, seconds in pool.map(_check, mutants):
+            unnoticed += not said
+            print(
+                f"{seconds:4.0f} s  {mutant.name:40s} {mutant.noticed_by:8s} {said or 'NOT NOTICED'}"[:200], flush=True
+            )
+    print(f"{len(mutants) - unnoticed} of {len(mutants)} noticed")
+    return 1 if unnoticed or not mutants else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

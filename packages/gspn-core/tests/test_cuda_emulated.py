@@ -1,0 +1,219 @@
+"""The CUDA kernels' own source, run on the CPU by the emulation in tests/emulation, against the reference."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+from emulation import build
+from operator_cases import DTYPES, assert_as_accurate, propagate_inputs, randn, value_and_gradients
+
+from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
+
+pytestmark = pytest.mark.skipif(build.missing() != "", reason=build.missing())
+
+# Capability, multiprocessors, shared memory of a block.
+H100 = (9, 132, 227 * 1024)
+WITHOUT_CLUSTERS = (8, 108, 163 * 1024)
+
+
+@pytest.fixture(scope="session")
+def module():
+    return build.load_module(os.environ.get("GSPN_EMULATED_MODULE") or build.build_module())
+
+
+@pytest.fixture(autouse=True)
+def emulated(module, monkeypatch):
+    """Route tensors of the CPU through the CUDA side of the bindings, and poison its scratch memory."""
+
+    class EmulatedKernels(_backend.Kernels):
+        def __init__(self, *options):
+            super().__init__(*options)
+            launch = module.Launch(0, 0, lambda size: torch.full((size,), 0xFF, dtype=torch.uint8))
+            call = module.Call(
+                _backend._DTYPE_NAMES[options[0]], *options[1:3], options[3] or 0, _backend.CHECKPOINT_INTERVAL, 1
+            )
+            self._launch = (launch, call)
+            self._forward, self._backward = module.cuda_forward, module.cuda_backward
+
+    monkeypatch.setattr(_backend, "Kernels", EmulatedKernels)
+    yield module
+    module.cuda_select_path("auto")
+    module.emulate_device(*H100)
+
+
+def check_propagate(inputs, **options):
+    assert_as_accurate(
+        lambda *t: propagate(*t, **options), lambda *t: reference.propagate(*t, **options), inputs, str(options)
+    )
+
+
+def check_line_scan(inputs, **options):
+    assert_as_accurate(
+        lambda *t: line_scan(*t, **options), lambda *t: reference.line_scan(*t, **options), inputs, str(options)
+    )
+
+
+PATHS = ("resident", "strip", "cluster")
+# (H, W): size 1; lines of a quarter, half and a whole warp and one more; the widths of the published models.
+SIZES = [(1, 1), (2, 2), (7, 7), (8, 8), (14, 14), (16, 17), (32, 32), (33, 29), (64, 64), (65, 56), (74, 74), (128, 3)]
+LONG = [(5, 147), (147, 5), (3, 260), (130, 129)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes(emulated, dtype, size, path):
+    emulated.cuda_select_path(path)
+    check_propagate(propagate_inputs(2, 3, *size, groups=1, lam=3, u=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("path", ["strip", "cluster"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("size", LONG, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lines_of_several_strips(emulated, dtype, size, groups, path):
+    emulated.cuda_select_path(path)
+    check_propagate(propagate_inputs(1, 3, *size, groups=groups, lam=1, u=3, dtype=dtype))
+
+
+@pytest.mark.parametrize("device", [H100, WITHOUT_CLUSTERS], ids=str)
+def test_a_line_of_a_thousand(emulated, device):
+    emulated.emulate_device(*device)
+    check_propagate(propagate_inputs(1, 1, 20, 1100, d=1, lam=1, u=1), directions=["top_to_bottom"])
+
+
+def test_a_line_too_long_for_the_device_is_refused(emulated):
+    emulated.emulate_device(8, 108, 99 * 1024)
+    x, logits, _, _ = propagate_inputs(1, 1, 2, 20000, d=1)
+    with pytest.raises(ValueError, match="20000 positions"):
+        propagate(x, logits, directions=["top_to_bottom"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 7, 16, 48, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks(emulated, dtype, chunk_size, path):
+    emulated.cuda_select_path(path)
+    check_propagate(propagate_inputs(1, 2, 50, 37, groups=2, lam=2, u=2, dtype=dtype), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_line_scan(emulated, dtype, chunk_size, direction, path):
+    emulated.cuda_select_path(path)
+    inputs = [randn(2, 4, 35, 19, dtype=dtype), 0.5 * randn(2, 2, 3, 35, 19, dtype=dtype)]
+    check_line_scan([*inputs, None], direction=direction, chunk_size=chunk_size)
+    check_line_scan([*inputs, randn(2, 1, 35, 19, dtype=dtype)], direction=direction, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [(9, 11), (18, 35)], ids=str)
+@pytest.mark.parametrize("c,groups", [(6, 1), (6, 2), (6, 3), (6, 6), (10, 2), (12, 1)])
+@pytest.mark.parametrize("lam,u", [(None, None), (1, "C"), ("C", 1), (2, "C"), (None, 2)])
+def test_groups(emulated, lam, u, c, groups, size, path):
+    emulated.cuda_select_path(path)
+    gates = [c if gate == "C" else gate for gate in (lam, u)]
+    check_propagate(propagate_inputs(2, c, *size, groups=groups, lam=gates[0], u=gates[1]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "directions",
+    [("bottom_to_top",), ("right_to_left", "top_to_bottom"), ("bottom_to_top", "left_to_right", "right_to_left")],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_some_directions_in_any_order(emulated, dtype, directions, path):
+    emulated.cuda_select_path(path)
+    inputs = propagate_inputs(2, 2, 21, 34, d=len(directions), groups=2, lam=1, u=2, dtype=dtype)
+    check_propagate(inputs, directions=directions)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_wanted_gradients(emulated, dtype, wanted, path):
+    """A gradient is the same bits whether the others are computed or not."""
+    emulated.cuda_select_path(path)
+    inputs = propagate_inputs(1, 6, 18, 35, groups=2, lam=3, u=6, dtype=dtype)
+    everything = value_and_gradients(propagate, inputs)[1:]
+    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+    y = propagate(*leaves)
+    dy = randn(*y.shape, seed=4).to(dtype)
+    gradients = torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
+    for i, gradient in zip(wanted, gradients, strict=True):
+        assert torch.equal(gradient, everything[i])
+
+
+# ---- strides
+
+
+def channels_last(t):
+    return t.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def part_of_a_wider_buffer(t):
+    wide = torch.full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1] + 5), torch.nan, dtype=t.dtype)
+    return wide[..., 2:-1, 1:-4].copy_(t)
+
+
+def transposed(t):
+    return t.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", [channels_last, part_of_a_wider_buffer, transposed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(emulated, dtype, layout, path):
+    emulated.cuda_select_path(path)
+    inputs = propagate_inputs(2, 4, 19, 42, groups=2, lam=4, u=1, dtype=dtype)
+    laid_out = [layout(t) for t in inputs]
+    dense = value_and_gradients(propagate, inputs)
+    for ours, wanted in zip(value_and_gradients(propagate, laid_out), dense, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nan_and_saturation(emulated, path):
+    emulated.cuda_select_path(path)
+    x, logits, _, _ = propagate_inputs(1, 1, 12, 40, dtype=torch.float32)
+    logits[..., 3, 4] = -1000.0
+    logits[..., 5, 6] = 1000.0
+    assert propagate(x, logits).isfinite().all()
+    x[..., 6, 20] = torch.nan
+    y = propagate(x, logits)
+    assert torch.equal(y.isnan(), reference.propagate(x, logits).isnan())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [(40, 30), (20, 150)], ids=str)
+def test_a_constant_field_stays_constant(emulated, size, path):
+    """With no input after the first line, row-stochastic weights keep a constant state exactly."""
+    emulated.cuda_select_path(path)
+    x = torch.ones(1, 2, *size)
+    logits = 3 * randn(1, 1, 1, 3, *size)
+    lam = torch.zeros(1, 1, 1, *size)
+    lam[..., 0, :] = 1
+    assert torch.equal(propagate(x, logits, lam, directions=["top_to_bottom"]), x)
+
+
+# ---- the same kernels under sanitizers
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_no_memory_errors_and_no_races(sanitizer):
+    """ThreadSanitizer takes barriers alone as ordering: a missing one is a race even where no value changes."""
+    if not build.links(sanitizer):
+        pytest.skip(f"g++ does not link a program with -fsanitize={sanitizer} here")
+    program = build.build_races(sanitizer)
+    for schedule in ("0", "3"):
+        environment = os.environ | {"GSPN_EMULATOR_SCHEDULE": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
+        done = subprocess.run([program], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-6000:]
+        assert "all done" in done.stdout

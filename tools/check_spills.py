@@ -1,0 +1,75 @@
+"""Check ptxas's report of the CUDA kernels: which spill registers to memory, and by how much.
+
+    python tools/check_spills.py BUILD_LOG
+
+reads what a build printed with `-Xptxas -v`, prints a line per kernel, and fails where one spills more than allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Bytes of spill stores of one kernel. Most have none. Those that do spill a few addresses outside their inner loops,
+# which costs nothing measurable; hundreds of bytes would mean that a tile itself does not fit the registers.
+ALLOWED_BYTES = 128
+
+REPORT = re.compile(
+    r"Function properties for (?P<kernel>\S+)\s*\n"
+    r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\s*\n"
+    r"(?:.*\n)?.*Used (?P<registers>\d+) registers"
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One kernel on one architecture."""
+
+    kernel: str
+    registers: int
+    stores: int
+    loads: int
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Make C++ names readable where c++filt is there."""
+    try:
+        done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return names
+    readable = (re.sub(r"\(.*|^void |gspn::cuda::", "", name) for name in done.stdout.splitlines())
+    return [re.sub(r"Config<(.*)>", r"\1", name) for name in readable]
+
+
+def parse(log: str) -> list[Usage]:
+    """Read all reports in a build's output."""
+    found = list(REPORT.finditer(log))
+    kernels = demangle([match["kernel"] for match in found])
+    return [
+        Usage(kernel, int(match["registers"]), int(match["stores"]), int(match["loads"]))
+        for kernel, match in zip(kernels, found, strict=True)
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; return 1 where a kernel spills too much or there is none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path, help="what the build printed")
+    usages = sorted(parse(parser.parse_args(argv).log.read_text()), key=lambda u: -u.stores)
+    if not usages:
+        print("no ptxas report found", file=sys.stderr)
+        return 1
+    for usage in usages:
+        print(f"{usage.registers:4d} registers {usage.stores:5d} bytes spilled {usage.loads:5d} loaded  {usage.kernel}")
+    too_much = [usage for usage in usages if usage.stores > ALLOWED_BYTES]
+    for usage in too_much:
+        print(f"spills {usage.stores} bytes, allowed are {ALLOWED_BYTES}: {usage.kernel}", file=sys.stderr)
+    return 1 if too_much else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
