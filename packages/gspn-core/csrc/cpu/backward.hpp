@@ -141,7 +141,8 @@ class WeightGradient {
   // Takes the tile's sums back from the partial ones, to be finished by flush.
   void read_back(const Field& sums) {
     for (int64_t k = 0; k < 3; k += 2)
-      load_tile(span_plane(scan_plane<const A>(sums, scan_, n_, d_, group_, k), span_), tile(k), span_.lines, scan_.length);
+      load_tile(span_plane(scan_plane<const A>(sums, scan_, n_, d_, group_, k), span_), tile(k), span_.lines,
+                scan_.length);
   }
 
  private:
