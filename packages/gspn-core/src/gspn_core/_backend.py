@@ -44,7 +44,7 @@ def _warn_once(device_type: str) -> None:
         how = f"its compiled module did not load ({module}); reinstall with `pip install --force-reinstall gspn-core`"
     elif device_type == "cuda":
         how = (
-            "this build has no CUDA kernels; install gspn-core again where CMake finds nvcc (CUDA 12.8 or later), "
+            "this build has no CUDA kernels; install gspn-core again where CMake finds nvcc (12.4 or later), "
             "with GSPN_CUDA=on to make sure of it"
         )
     else:

@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# Builds gspn_core on a machine with a GPU, runs its GPU tests and its benchmark; see --help.
+set -euo pipefail
+
+usage() {
+  cat <<'HELP'
+usage: gpu.sh [--dry-run] [--budget SECONDS] [--help]
+
+Builds gspn-core from this checkout, runs its GPU tests (pytest -m cuda), then benchmarks/gpu.py, and writes
+benchmarks/results/<gpu>-torch<version>-<date>.json with a table and a plot beside it, and copies to $OUT if that is set.
+Ends with one line for each step, and with a status other than 0 if any failed. A step that the time does not allow is
+listed as not run.
+
+  --dry-run          what can be tried without a GPU: compile line_launch.cu if nvcc is there, run gpu.py on the CPU with
+                     tiny shapes, make its table and plot; nothing is installed or written to results
+  --budget SECONDS   for everything together (default 540)
+
+Environment: PYTHON (default python3); OUT, a folder for copies; PIP_USER, PIP_PREFIX or PIP_TARGET for where pip
+installs; GSPN_CUDA_ARCHITECTURES (default: that of the GPU) and whatever else the build reads.
+HELP
+}
+
+dry_run=false
+budget=540
+while (($#)); do
+  case $1 in
+    --dry-run) dry_run=true ;;
+    --budget)
+      budget=${2:-}
+      [[ $budget =~ ^[1-9][0-9]*$ ]] || { echo "gpu.sh: --budget takes a whole number of seconds, got '$budget'" >&2; exit 2; }
+      shift
+      ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "gpu.sh: unknown option '$1', see --help" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+benchmarks=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+package=$(dirname "$benchmarks")
+python=${PYTHON:-python3}
+results=$benchmarks/results
+[[ -d /usr/local/cuda/bin ]] && PATH=$PATH:/usr/local/cuda/bin
+export PYTHONUNBUFFERED=1
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+status=0
+summary=()
+
+left() { echo $((budget - SECONDS)); }
+
+# step NAME LIMIT COMMAND...: runs a command for LIMIT seconds at most, or what is left; 1 if it failed or had no time.
+step() {
+  local name=$1 limit=$2 rc=0 began=$SECONDS
+  shift 2
+  (($(left) < limit)) && limit=$(left)
+  if ((limit < 5)); then
+    summary+=("$name: not run, the budget of $budget s is used up")
+    status=1
+    return 1
+  fi
+  echo "== $name (at most $limit s)"
+  # INT first: pytest then still says what it saw.
+  timeout --signal=INT --kill-after=10 "$limit" "$@" || rc=$?
+  case $rc in
+    0) summary+=("$name: passed in $((SECONDS - began)) s") && return 0 ;;
+    124 | 137) summary+=("$name: stopped after $limit s, the rest of it was not run") ;;
+    *) summary+=("$name: FAILED with status $rc") ;;
+  esac
+  status=1
+  return 1
+}
+
+not_run() {
+  summary+=("$1: not run, $2")
+  status=1
+}
+
+finish() {
+  printf '\n== summary, %s s of %s\n' "$SECONDS" "$budget"
+  printf '%s\n' "${summary[@]}"
+  exit "$status"
+}
+
+report() { # JSON, FOLDER
+  local stem
+  stem=$2/$(basename "$1" .json)
+  step "table" 30 "$python" "$benchmarks/report.py" "$1" --table "$stem.md" || return 0
+  if "$python" -c 'import matplotlib' 2>/dev/null; then
+    step "plot" 60 "$python" "$benchmarks/report.py" "$1" --plot "$stem.png" || return 0
+  else
+    summary+=("plot: not run, matplotlib is not installed")
+  fi
+}
+
+if $dry_run; then
+  if command -v nvcc >/dev/null; then
+    for architecture in sm_80 sm_90; do
+      step "line_launch.cu for $architecture" 120 nvcc -O3 -std=c++17 -Werror all-warnings "-arch=$architecture" -shared \
+        -Xcompiler -fPIC -o "$work/line_launch.so" "$benchmarks/line_launch.cu" || true
+    done
+  else
+    summary+=("line_launch.cu: not run, nvcc is not on PATH")
+  fi
+  if step "gpu.py on the CPU" 240 "$python" "$benchmarks/gpu.py" --device cpu --quick --out "$work/trial.json"; then
+    report "$work/trial.json" "$work"
+    if [[ -f $work/trial.md ]]; then head -20 "$work/trial.md"; fi
+  fi
+  if [[ -n ${OUT:-} ]]; then
+    for file in "$work"/trial.*; do
+      if [[ -f $file ]]; then cp "$file" "$OUT/"; fi
+    done
+  fi
+  finish
+fi
+
+gpu=$("$python" -c 'import torch
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || {
+  echo "gpu.sh: $python cannot import torch; name another Python in PYTHON" >&2
+  exit 2
+}
+if [[ -z $gpu ]]; then
+  echo "gpu.sh: torch finds no GPU; --dry-run tries what needs none" >&2
+  exit 2
+fi
+echo "== $gpu"
+
+missing=()
+for module in pip scikit_build_core pybind11 pytest hypothesis; do
+  "$python" -c "import $module" 2>/dev/null || missing+=("$module")
+done
+for tool in nvcc cmake; do
+  command -v "$tool" >/dev/null || { [[ $tool == cmake ]] && "$python" -c 'import cmake' 2>/dev/null; } || missing+=("$tool")
+done
+if ((${#missing[@]})); then
+  echo "gpu.sh: missing: ${missing[*]}. The build takes no package index; install them for $python first." >&2
+  exit 2
+fi
+
+export GSPN_CUDA=${GSPN_CUDA:-on}
+if [[ -z ${GSPN_CUDA_ARCHITECTURES:-} ]]; then
+  # Only what this machine runs: the other architectures would take most of the time.
+  GSPN_CUDA_ARCHITECTURES=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+  export GSPN_CUDA_ARCHITECTURES
+fi
+CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+export CMAKE_BUILD_PARALLEL_LEVEL
+if ! step "build" 300 "$python" -m pip install --no-build-isolation --no-deps "$package"; then
+  not_run "GPU tests" "there is no build"
+  not_run "benchmark" "there is no build"
+  finish
+fi
+# pip does not make Python look where PIP_TARGET and PIP_PREFIX have it install.
+if [[ -n ${PIP_TARGET:-} ]]; then
+  export PYTHONPATH=$PIP_TARGET${PYTHONPATH:+:$PYTHONPATH}
+elif [[ -n ${PIP_PREFIX:-} ]]; then
+  site=$("$python" -c 'import sys, sysconfig
+print(sysconfig.get_path("platlib", vars={"base": sys.argv[1], "platbase": sys.argv[1]}))' "$PIP_PREFIX")
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+
+# Without kernels every test would be skipped, and that is no success.
+cd "$work"
+if ! step "CUDA kernels" 60 "$python" -c 'import gspn_core
+cuda = gspn_core.info()["cuda"]
+print(gspn_core.__file__, cuda)
+raise SystemExit(0 if cuda["compiled"] else 1)'; then
+  not_run "GPU tests" "gspn_core has no CUDA kernels"
+  not_run "benchmark" "gspn_core has no CUDA kernels"
+  finish
+fi
+
+# Tests get 45% of what is left and skip, with the reason, those whose turn comes too late; the benchmark gets the rest.
+tests_s=$(($(left) * 45 / 100))
+cd "$package"
+log=${OUT:-$work}/gpu-tests.log
+step "GPU tests" $((tests_s + 45)) env GSPN_TEST_SECONDS="$tests_s" bash -o pipefail -c \
+  '"$0" -m pytest -m cuda -p no:cacheprovider --durations=10 2>&1 | tee -i "$1"' "$python" "$log" || true
+skipped=$(grep -c 'GSPN_TEST_SECONDS' "$log" 2>/dev/null) || skipped=0
+((skipped)) && summary+=("GPU tests: some were not run for want of time, see the skips above")
+[[ -s $log ]] && summary+=("GPU tests: $(tail -n 1 "$log")")
+
+mkdir -p "$results"
+outs=(--out "$results")
+[[ -n ${OUT:-} ]] && outs+=(--out "$OUT")
+touch "$work/before"
+grace=25 # for the case in hand, the table and the plot
+step "benchmark" $(($(left) - 15)) "$python" "$benchmarks/gpu.py" --budget $(($(left) - 15 - grace)) "${outs[@]}" || true
+for folder in "$results" ${OUT:+"$OUT"}; do
+  for file in "$folder"/*.json; do
+    if [[ -f $file && $file -nt $work/before ]]; then report "$file" "$folder"; fi
+  done
+done
+finish
