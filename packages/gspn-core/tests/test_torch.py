@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from operator_cases import DTYPES, propagate_inputs, randn, value_and_gradients
+from torch.utils.flop_counter import FlopCounterMode
 
 import gspn_core
 from gspn_core import DIRECTIONS, SpatialPropagation, _backend, line_scan, propagate, reference
@@ -296,3 +297,22 @@ def test_kernel_headers_know_neither_torch_nor_pybind11():
     for header in headers:
         includes = [line for line in header.read_text().splitlines() if line.startswith("#include")]
         assert not [line for line in includes if "torch" in line or "pybind11" in line or "ATen" in line], header
+
+
+# ---- torch.utils.flop_counter
+
+
+def test_flops_are_counted():
+    """Two per multiply-add: three neighbours and each gate, for every element and direction."""
+    x, logits, lam, u = propagate_inputs(2, 4, 5, 6, d=3, lam=1, u=4)
+    elements = 2 * 4 * 5 * 6
+    names = DIRECTIONS[:3]
+    with FlopCounterMode(display=False) as counter:
+        propagate(x, logits, lam, u, directions=names)
+    assert counter.get_total_flops() == 2 * 3 * elements * 5
+    with FlopCounterMode(display=False) as counter:
+        propagate(x, logits, lam.requires_grad_(), directions=names).sum().backward()
+    assert counter.get_total_flops() == 2 * 3 * elements * (4 + (3 + 3 + 2))
+    with FlopCounterMode(display=False) as counter:
+        line_scan(x.requires_grad_(), logits[:, 0].requires_grad_(), direction="top_to_bottom").sum().backward()
+    assert counter.get_total_flops() == 2 * elements * (3 + (3 + 3 + 2))

@@ -21,8 +21,11 @@ def test_presets_are_valid(name):
     assert name.startswith(options.model)
 
 
-def test_presets_of_both_models_are_there():
+def test_presets_of_all_models_are_there():
     expected = {f"{m}_{d}" for m in ("gspn_nano", "gspn2_nano") for d in ("digits", "imagenet")}
+    expected |= {
+        f"{generation}_{size}_imagenet" for generation in ("gspn", "gspn2") for size in ("tiny", "small", "base")
+    }
     assert expected <= set(config.preset_names())
 
 

@@ -5,14 +5,19 @@ from itertools import chain
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
 from torch import nn
 from vision_cases import TINY
 
 from gspn_core import SpatialPropagation
 from gspn_vision.models import Gspn, checkpoint_filter_fn
+from gspn_vision.profile import profile, table
+from gspn_vision.published import PUBLISHED
 
-MODELS = timm.list_models("gspn*")
+ALL = timm.list_models("gspn*")
+# Models differ in widths and depths alone, so the long tests take the small ones.
+MODELS = [name for name in ALL if name.endswith("_nano")]
 
 
 def make(name: str, **kwargs) -> nn.Module:
@@ -25,7 +30,50 @@ def images(*shape: int) -> torch.Tensor:
 
 
 def test_names():
-    assert {"gspn_nano", "gspn2_nano"} <= set(MODELS)
+    sizes = ("nano", "tiny", "small", "base")
+    assert set(ALL) == {f"{generation}_{size}" for generation in ("gspn", "gspn2") for size in sizes}
+    assert len(MODELS) == 2
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_sizes(name):
+    """Parameters within 3% and multiply-adds, scans included, within 5% of the papers' figures at 224x224."""
+    counted = profile(name)
+    assert counted.size == (224, 224)
+    assert counted.params / 1e6 == pytest.approx(PUBLISHED[name].params, rel=0.03)
+    assert counted.macs / 1e9 == pytest.approx(PUBLISHED[name].macs, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_model_on_meta(name):
+    """All of timm's ways to use a backbone, without memory for weights: shapes at a size that is no square."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+        features = timm.create_model(name, features_only=True)
+    x = torch.empty(2, 3, 96, 160, device="meta")
+    assert model(x).shape == (2, 10)
+    assert [tuple(m.shape[2:]) for m in features(x)] == [(24, 40), (12, 20), (6, 10), (3, 5)]
+    assert [m.shape[1] for m in features(x)] == features.feature_info.channels()
+    final, maps = model.forward_intermediates(x)
+    assert len(maps) == 4
+    assert final.shape == (2, model.num_features, 3, 5)
+    model.set_grad_checkpointing()
+    assert model(x).shape == (2, 10)
+    assert model.prune_intermediate_layers([1]) == [1]
+    assert model.forward_features(x).shape[1] == model.feature_info[1]["num_chs"]
+    groups = group_parameters(model, model.group_matcher())
+    assert sorted(chain(*groups.values())) == sorted(key for key, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["gspn_tiny", "gspn2_tiny"])
+def test_a_published_model_runs(name):
+    model = make(name, num_classes=10).eval()
+    with torch.inference_mode():
+        y = model(images(1, 3, 64, 96))
+        narrow = model.bfloat16()(images(1, 3, 64, 96).bfloat16())
+    assert y.shape == (1, 10)
+    assert y.isfinite().all()
+    torch.testing.assert_close(narrow.float(), y, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -273,3 +321,31 @@ def test_a_distant_pixel_is_seen():
     changed[..., :4, :4] += 1
     difference = model.forward_features(changed) - model.forward_features(x)
     assert difference[..., -1, -1].abs().max() > 1e-8
+
+
+# ---- counting
+
+
+def test_profile_counts_by_hand():
+    """A stem of two convolutions, one block, and the head, by the formulas."""
+    options = {"widths": (8, 8), "depths": (1, 0), "chunk_sizes": (None, None), "gate_rank": 2, "num_classes": 5}
+    counted = profile("gspn_nano", (32, 32), **options)
+    inner, pixels = 12, 8 * 8
+    stem = 16 * 16 * 4 * 27 + pixels * 8 * 36
+    mixer = (
+        8 * inner + 49 * inner + 2 * inner + 2 * 20 * inner + inner * 8
+    )  # in, 7x7, bottleneck, 12 + 4 + 4 gates, out
+    scan = 4 * inner * 5
+    ffn = 2 * 8 * 32
+    down = 4 * 4 * 8 * 8 * 9
+    assert counted.macs == stem + pixels * (mixer + scan + ffn) + down + 8 * 5
+
+
+def test_profile_of_other_models_and_errors():
+    text = table([profile("gspn_tiny"), profile("resnet18", (64, 64))])
+    assert "30M, 5.3G (GSPN)" in text
+    assert "11.69M" in text
+    with pytest.raises(ValueError, match="resnet0"):
+        profile("resnet0")
+    with pytest.raises(ValueError, match="does not take images of 100x100"):
+        profile("deit_small_patch16_224", (100, 100))

@@ -36,6 +36,11 @@ class TrainConfig:
     grad_checkpointing: bool = _option(False, "recompute activations to save memory")
     compile: bool = _option(False, "compile the model with torch.compile")
 
+    start_from: str | None = _option(
+        None, "weights to fine-tune: a run, a checkpoint or a file; a head of other classes starts afresh"
+    )
+    freeze: tuple[str, ...] = _option((), "modules that are not trained, such as `stem` or `stages.0`")
+
     data: str = _option(
         "digits",
         "`digits`, a folder with train/ and val/ or validation/, or a timm data set such as "
@@ -79,6 +84,9 @@ class TrainConfig:
         least=1,
     )
     weight_decay: float = _option(0.05, "weight decay of matrices and kernels", least=0)
+    layer_decay: float | None = _option(
+        None, "factor of the learning rate from each block to the one before it", least=1e-6, most=1
+    )
     clip_grad: float | None = _option(None, "largest norm of the gradient", least=0)
     schedule: Literal["cosine", "poly", "tanh"] = _option("cosine", "learning rate after warm-up")
     warmup_epochs: float = _option(5.0, "epochs of linear warm-up", least=0)
@@ -86,6 +94,9 @@ class TrainConfig:
     min_lr: float = _option(1e-6, "learning rate at the end", least=0)
     ema_decay: float = _option(0.0, "decay of the averaged weights; 0 is off", least=0, most=1)
     ema_warmup: bool = _option(True, "raise the decay from 0 in the first updates")
+
+    mesa: float = _option(0.0, "weight of the self-distillation from the averaged weights (MESA); 0 is off", least=0)
+    mesa_start: float = _option(0.25, "share of the epochs before it begins", least=0, most=1)
 
     precision: Literal["no", "bf16", "fp16"] = _option("no", "mixed precision")
     device: Literal["auto", "cpu"] = _option("auto", "device; auto takes the accelerator if any")
@@ -114,6 +125,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be two rising numbers, got {[low, high]}")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images, got {self.batch_size}")
+        if self.mesa > 0 and self.ema_decay == 0:
+            raise ValueError(f"mesa distils from averaged weights and needs ema_decay above 0, got mesa {self.mesa}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs}")
 

@@ -33,6 +33,7 @@ from .data import (
 from .evaluate import Metrics, evaluate
 from .logs import Logs
 from .sampling import INIT, STEP, EpochBatches, seed_all
+from .tuning import freeze, start_from
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -153,6 +154,9 @@ class Trainer:
             self._check_same_run(state)
             weights = checkpoint.read_tensors(self.checkpoints / str(latest), "model")
             checkpoint.load_weights(self.bare_model, weights, str(latest))
+        elif config.start_from is not None:
+            start_from(self.bare_model, config.start_from)
+        freeze(self.bare_model, config.freeze)
 
         device = self.accelerator.device
         self.bare_model.to(device)
@@ -164,7 +168,11 @@ class Trainer:
             lr *= self.images_per_update / config.lr_batch
         try:
             self.optimizer = create_optimizer_v2(
-                self.bare_model, config.optimizer, lr=lr, weight_decay=config.weight_decay
+                self.bare_model,
+                config.optimizer,
+                lr=lr,
+                weight_decay=config.weight_decay,
+                layer_decay=config.layer_decay,
             )
         except (AssertionError, ValueError) as error:
             raise ValueError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
@@ -277,6 +285,8 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 logits = self.model(images)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                if config.mesa > 0 and self.epoch >= config.mesa_start * config.epochs:
+                    loss = loss + config.mesa * self._sharpness(images, logits)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and config.clip_grad:
                     self.accelerator.clip_grad_norm_(self.bare_model.parameters(), config.clip_grad)
@@ -288,6 +298,23 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.bare_model, step=self.step)
         return total
+
+    def _sharpness(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Return MESA's penalty, KL(softmax(averaged model's logits) || softmax(logits)), a mean over the batch.
+
+        Source: Du et al., Sharpness-Aware Training for Free, arXiv 2205.14083.
+        """
+        assert self.ema is not None
+        with torch.no_grad(), self.accelerator.autocast():
+            averaged = self.ema.module(images).float()
+        return F.kl_div(
+            logits.float().log_softmax(-1), averaged.log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+
+    @property
+    def _lr(self) -> float:
+        """The learning rate that layer decay and the like scale down."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _collect(self, losses: list[Tensor]) -> float | None:
         """Move the losses of the last updates off the device, add them up and write the rows that are due.
@@ -304,7 +331,7 @@ class Trainer:
         for offset, value in enumerate(values.tolist()):
             step = first + offset + 1
             self.scheduler.step_update(step - 1)
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = self._lr
             if not math.isfinite(value):
                 index = checkpoint.read_index(self.checkpoints)
                 good = self.checkpoints / index["latest"] if index else "none"
@@ -352,7 +379,7 @@ class Trainer:
                 self.speed = round(done * self.images_per_update / elapsed, 1)
                 loss = self._collect(losses)
                 done, since = 0, time.perf_counter()
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr = self._lr
                 bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.speed:.0f} images/s")
                 if checkpoint_due:
                     self._save()

@@ -1,0 +1,75 @@
+"""Floating-point operations of the operators, for `torch.utils.flop_counter.FlopCounterMode`.
+
+A multiply-add counts as two, as torch counts those of matrix products. Per element of every direction the forward has
+three for the neighbours and one for each gate; normalising the weights, which is elementwise, is not counted, as
+torch counts no activation. The backward has the adjoint's three, the state once more, two for the weights' gradients
+where wanted, and two for each gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _library  # noqa: F401  (defines the operators)
+
+_Shape = Sequence[int]
+
+
+def _forward(x: _Shape, directions: int, gates: int) -> int:
+    return 2 * directions * prod(x) * (3 + gates)
+
+
+def _backward(x: _Shape, directions: int, gates: int, weights: bool) -> int:
+    return 2 * directions * prod(x) * (3 + 3 + (2 if weights else 0) + 2 * gates)
+
+
+def _count(*gates: _Shape | None) -> int:
+    return sum(gate is not None for gate in gates)
+
+
+@register_flop_formula([torch.ops.gspn.propagate])
+def _propagate(
+    x: _Shape, logits: _Shape, lam: _Shape | None, u: _Shape | None, directions: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return _forward(x, len(directions), _count(lam, u))
+
+
+@register_flop_formula([torch.ops.gspn.line_scan])
+def _line_scan(x: _Shape, weights: _Shape, lam: _Shape | None, *_: Any, **__: Any) -> int:
+    return _forward(x, 1, _count(lam))
+
+
+@register_flop_formula([torch.ops.gspn.propagate_backward])
+def _propagate_backward(
+    dy: _Shape,
+    x: _Shape,
+    logits: _Shape,
+    lam: _Shape | None,
+    u: _Shape | None,
+    checkpoints: _Shape,
+    directions: Sequence[int],
+    chunk_size: int | None,
+    mask: Sequence[bool],
+    **_: Any,
+) -> int:
+    return _backward(x, len(directions), _count(lam, u), mask[1])
+
+
+@register_flop_formula([torch.ops.gspn.line_scan_backward])
+def _line_scan_backward(
+    dh: _Shape,
+    x: _Shape,
+    weights: _Shape,
+    lam: _Shape | None,
+    checkpoints: _Shape,
+    direction: int,
+    chunk_size: int | None,
+    mask: Sequence[bool],
+    **_: Any,
+) -> int:
+    return _backward(x, 1, _count(lam), mask[1])
