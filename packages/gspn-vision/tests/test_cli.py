@@ -26,6 +26,11 @@ OPTIONS = {
     ],
     "predict": [*CHECKPOINT, "--top", "--json", "--unreadable"],
     "visualize": [*CHECKPOINT, "--output", "--pixel", "--layer", "--list-layers", "--size"],
+    "profile": ["--size", "--json"],
+    "benchmark": [
+        *("--no-peers", "--batch-sizes", "--mode", "--size", "--precision", "--compile", "--repeats", "--cpu"),
+        "--json",
+    ],
 }
 
 
@@ -223,3 +228,30 @@ def test_divergence_has_a_code_of_its_own(training_folder, tmp_path, capsys):
     code, _, err = call(capsys, "train", "--config", file)
     assert code == 1
     assert "gspn-vision: error: the loss is " in err
+
+
+# ---- counting and timing
+
+
+def test_profile(capsys):
+    code, out, _ = call(capsys, "profile", "gspn2_tiny", "--size", 224, 224, "--json")
+    assert code == 0
+    (counted,) = json.loads(out)
+    assert counted["published"]["macs"] == 4.2
+    assert counted["params"] / 1e6 == pytest.approx(24, rel=0.03)
+    code, out, _ = call(capsys, "profile", "gspn_nano")
+    assert code == 0
+    assert "224x224" in out
+    code, _, err = call(capsys, "profile", "gspn_nanoo")
+    assert code == 2
+    assert "gspn_nanoo" in err
+
+
+def test_benchmark(capsys, tmp_path):
+    file = tmp_path / "speed.json"
+    options = ("--no-peers", "--batch-sizes", 2, "--mode", "inference", "--size", 32, "--repeats", 2, "--cpu")
+    code, out, _ = call(capsys, "benchmark", "gspn_nano", *options, "--json", file)
+    assert code == 0
+    assert "batch 2" in out
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["images_per_second"] > 0

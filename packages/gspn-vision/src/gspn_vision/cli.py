@@ -1,4 +1,4 @@
-"""The command `gspn-vision`: train, validate, predict, visualize."""
+"""The command `gspn-vision`: train, validate, predict, visualize, profile, benchmark."""
 
 from __future__ import annotations
 
@@ -90,6 +90,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="resize the photograph (default: its own size)",
     )
+
+    profile = commands.add_parser("profile", help="count parameters and multiply-adds, beside the published ones")
+    profile.add_argument("models", nargs="*", help="timm models (default: all of this package)")
+    profile.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="input size (default: the model's own)"
+    )
+    profile.add_argument("--json", action="store_true", help="print JSON")
+
+    benchmark = commands.add_parser("benchmark", help="measure images per second, beside other timm models")
+    benchmark.add_argument("models", nargs="*", help="timm models (default: gspn_tiny and gspn2_tiny)")
+    benchmark.add_argument(
+        "--no-peers", action="store_true", help="leave out Swin-T, ConvNeXt-T, MambaOut-T and DeiT-S"
+    )
+    benchmark.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[1, 16], help="images per step (default: 1 16)"
+    )
+    benchmark.add_argument(
+        "--mode", choices=("inference", "training", "both"), default="both", help="what to measure (default: both)"
+    )
+    benchmark.add_argument("--size", type=int, default=224, help="height and width (default: 224)")
+    benchmark.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed precision (default: no)")
+    benchmark.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
+    benchmark.add_argument("--repeats", type=int, default=10, help="timed steps of each model (default: 10)")
+    benchmark.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    benchmark.add_argument("--json", help="file to write results, device and versions to")
     return parser
 
 
@@ -188,11 +213,46 @@ def _visualize(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def _profile(arguments: argparse.Namespace) -> None:
+    import timm
+
+    from .profile import profile, table
+
+    names = arguments.models or timm.list_models("gspn*")
+    size = tuple(arguments.size) if arguments.size else None
+    profiles = [profile(name, size) for name in names]
+    print(json.dumps([p.as_dict() for p in profiles]) if arguments.json else table(profiles))
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    from . import speed
+    from .checkpoint import write_atomically
+
+    names = arguments.models or ["gspn_tiny", "gspn2_tiny"]
+    if not arguments.no_peers:
+        names = [*names, *(peer for peer in speed.PEERS if peer not in names)]
+    modes: Any = ("inference", "training") if arguments.mode == "both" else (arguments.mode,)
+    settings: dict[str, Any] = {
+        "modes": modes,
+        "size": arguments.size,
+        "precision": arguments.precision,
+        "compile": arguments.compile,
+        "repeats": arguments.repeats,
+        "device": "cpu" if arguments.cpu else None,
+    }
+    rows = speed.measure(names, arguments.batch_sizes, **settings, progress=sys.stderr.isatty())
+    if arguments.json:
+        write_atomically(Path(arguments.json), json.dumps(speed.report(rows, **settings), indent=1) + "\n")
+    print(speed.table(rows))
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "validate": _validate,
     "predict": _predict,
     "visualize": _visualize,
+    "profile": _profile,
+    "benchmark": _benchmark,
 }
 
 

@@ -1,0 +1,198 @@
+"""Images per second of models beside each other, for inference and for training.
+
+All contestants take turns within one run, so that a machine that is busy for a while slows all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models import is_model
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import gspn_core
+
+from . import __version__, models  # noqa: F401  (registers with timm)
+
+# What the papers compare with, as timm names it.
+PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "deit_small_patch16_224")
+
+Mode = Literal["inference", "training"]
+
+
+@dataclass
+class Speed:
+    """One model at one batch size: medians over the repeats, or why there are none."""
+
+    model: str
+    mode: Mode
+    batch_size: int
+    images_per_second: float | None = None
+    milliseconds: float | None = None
+    reason: str | None = None
+
+
+def _step(model: nn.Module, mode: Mode, images: torch.Tensor, precision: str) -> Callable[[], None]:
+    device = images.device.type
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+    if mode == "inference":
+        model.eval()
+
+        def infer() -> None:
+            with torch.inference_mode(), autocast():
+                model(images)
+
+        return infer
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def train() -> None:
+        with autocast():
+            loss = F.cross_entropy(model(images).float(), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return train
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(
+    names: Sequence[str],
+    batch_sizes: Sequence[int],
+    *,
+    modes: Sequence[Mode] = ("inference", "training"),
+    size: int = 224,
+    precision: str = "no",
+    compile: bool = False,
+    repeats: int = 10,
+    device: str | None = None,
+    progress: bool = False,
+) -> list[Speed]:
+    """Time every model at every batch size, on random images.
+
+    Args:
+        names: timm models.
+        batch_sizes: images per step.
+        modes: inference, training (forward, backward, an AdamW step), or both.
+        size: height and width.
+        precision: "no" or "bf16" (autocast).
+        compile: measure models that went through torch.compile.
+        repeats: timed steps of each contestant; the median counts.
+        device: the GPU if there is one and none is named.
+        progress: show a bar.
+
+    Raises:
+        ValueError: an unknown model, or a number that is not positive.
+    """
+    for name in names:
+        if not is_model(name):
+            raise ValueError(f"model must be a timm model (`gspn*` are this package's), got {name!r}")
+    for option, value in (("size", size), ("repeats", repeats), *(("batch_sizes", b) for b in batch_sizes)):
+        if value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows: list[Speed] = []
+    with tqdm(total=len(modes) * len(batch_sizes), unit="round", disable=not progress) as bar:
+        for mode in modes:
+            for batch_size in batch_sizes:
+                bar.set_postfix_str(f"{mode}, batch {batch_size}")
+                rows += _round(names, mode, batch_size, size, precision, compile, repeats, where)
+                bar.update()
+    return rows
+
+
+def _round(
+    names: Sequence[str],
+    mode: Mode,
+    batch_size: int,
+    size: int,
+    precision: str,
+    compile: bool,
+    repeats: int,
+    device: torch.device,
+) -> list[Speed]:
+    rows = {name: Speed(name, mode, batch_size) for name in names}
+    steps: dict[str, Callable[[], None]] = {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    images = torch.randn(batch_size, 3, size, size, device=device)
+
+    def attempt(name: str, run: Callable[[], object]) -> None:
+        try:
+            run()
+        except (RuntimeError, AssertionError) as error:  # memory, or a model that takes no images of this size
+            rows[name].reason = str(error).strip().splitlines()[0]
+            steps.pop(name, None)
+
+    def prepare(name: str) -> None:
+        model = timm.create_model(name).to(device)
+        if compile:
+            model.compile()
+        steps[name] = _step(model, mode, images, precision)
+        for _ in range(2):
+            steps[name]()
+
+    for name in names:
+        attempt(name, lambda name=name: prepare(name))  # type: ignore[misc]
+    for _ in range(repeats):
+        for name in [*steps]:
+            attempt(name, lambda name=name: times[name].append(_seconds(steps[name], device)))  # type: ignore[misc]
+    for name in steps:
+        median = statistics.median(times[name])
+        rows[name].milliseconds = 1e3 * median
+        rows[name].images_per_second = batch_size / median
+    return list(rows.values())
+
+
+def report(rows: Sequence[Speed], **settings: Any) -> dict[str, Any]:
+    """Return the rows as JSON holds them, with device, versions and date."""
+    info = gspn_core.info()
+    cuda = torch.cuda.is_available() and settings.get("device") != "cpu"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else info["platform"],
+        "threads": info["threads"],
+        "torch": info["torch"],
+        "timm": timm.__version__,
+        "gspn_vision": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": settings,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def table(rows: Sequence[Speed]) -> str:
+    """Lay out images per second: a line per model and mode, a column per batch size."""
+    batch_sizes = sorted({row.batch_size for row in rows})
+    width = max(len(row.model) for row in rows)
+    lines = [f"{'images/s':{width}s}  {'':9s}" + "".join(f"  {f'batch {b}':>10s}" for b in batch_sizes)]
+    notes = []
+    for mode in dict.fromkeys(row.mode for row in rows):
+        for name in dict.fromkeys(row.model for row in rows):
+            cells = {row.batch_size: row for row in rows if (row.model, row.mode) == (name, mode)}
+            shown = ["-" if (v := cells[b].images_per_second) is None else f"{v:.1f}" for b in batch_sizes]
+            lines.append(f"{name:{width}s}  {mode:9s}" + "".join(f"  {cell:>10s}" for cell in shown))
+            notes += [f"{name}, {mode}, batch {b}: {cells[b].reason}" for b in batch_sizes if cells[b].reason]
+    return "\n".join([*lines, *notes])

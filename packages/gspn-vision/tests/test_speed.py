@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from gspn_vision import speed
+
+NAMES = ["gspn2_nano", "resnet10t", "deit_tiny_patch16_224"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return speed.measure(NAMES, [1, 2], size=64, repeats=2, device="cpu")
+
+
+def test_every_contestant_has_a_row(rows):
+    assert [(row.mode, row.batch_size, row.model) for row in rows] == [
+        (mode, batch, name) for mode in ("inference", "training") for batch in (1, 2) for name in NAMES
+    ]
+    for row in rows:
+        if row.model.startswith("deit"):  # takes images of 224 alone
+            assert row.images_per_second is None
+            assert "224" in row.reason
+        else:
+            assert row.reason is None
+            assert row.images_per_second == pytest.approx(1e3 * row.batch_size / row.milliseconds)
+
+
+def test_the_table_and_the_report(rows):
+    text = speed.table(rows)
+    assert "gspn2_nano" in text and "batch 2" in text and "deit_tiny_patch16_224, inference, batch 1: " in text
+    result = speed.report(rows, device="cpu", size=64)
+    assert result["rows"][0]["model"] == "gspn2_nano"
+    assert result["torch"] == torch.__version__
+    assert result["settings"] == {"device": "cpu", "size": 64}
+
+
+def test_precision_and_compile():
+    (row,) = speed.measure(["gspn2_nano"], [2], modes=["inference"], size=32, precision="bf16", repeats=1, device="cpu")
+    assert row.images_per_second > 0
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [({"names": ["resnet0"]}, "resnet0"), ({"batch_sizes": [0]}, "batch_sizes"), ({"repeats": 0}, "repeats")],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        speed.measure(**{"names": ["gspn2_nano"], "batch_sizes": [1], **options})
