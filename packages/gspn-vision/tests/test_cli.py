@@ -25,12 +25,13 @@ OPTIONS = {
         *("--predictions", "--json", "--unreadable"),
     ],
     "predict": [*CHECKPOINT, "--top", "--json", "--unreadable"],
-    "visualize": [*CHECKPOINT, "--output", "--pixel", "--layer", "--list-layers", "--size"],
+    "visualize": [*CHECKPOINT, "--output", "--pixel", "--layer", "--all-layers", "--list-layers", "--size"],
     "profile": ["--size", "--json"],
     "benchmark": [
         *("--no-peers", "--batch-sizes", "--mode", "--size", "--precision", "--compile", "--repeats", "--cpu"),
         "--json",
     ],
+    "export": [*CHECKPOINT, "--format", "--output", "--size", "--batch", "--dynamic-size"],
 }
 
 

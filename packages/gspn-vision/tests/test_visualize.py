@@ -99,3 +99,15 @@ def test_figures(tmp_path):
     for name in ("curve", "matrix", "gallery"):
         with Image.open(tmp_path / f"{name}.png") as figure:
             assert min(figure.size) > 150
+
+
+def test_a_page_of_all_layers(model, photograph, tmp_path):
+    names = list(visualize.layers(model))
+    results = [visualize.heat_maps(model, PREP, photograph, pixel=(50, 100), layer=name) for name in names]
+    assert len(results) == 4
+    visualize.draw_page(results, tmp_path / "page.png", title="all")
+    picture = imread(tmp_path / "page.png")
+    assert picture.shape[0] > 300
+    assert picture.shape[1] > picture.shape[0]
+    assert picture[..., :3].std() > 0.05
+    visualize.draw_page(results[:1], tmp_path / "one.png")

@@ -1,4 +1,4 @@
-"""The command `gspn-vision`: train, validate, predict, visualize, profile, benchmark."""
+"""The command `gspn-vision`: train, validate, predict, visualize, profile, benchmark, export."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from . import __version__, config
 
 
-def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="folder of a run or of one checkpoint")
+def _checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--checkpoint", required=required, help="folder of a run or of one checkpoint")
     parser.add_argument(
         "--which",
         choices=("best", "latest"),
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="in the photograph (default: centre)",
     )
     visualize.add_argument("--layer", help="layer to show (default: the first that scans the whole map)")
+    visualize.add_argument("--all-layers", action="store_true", help="one page of all layers instead of one layer")
     visualize.add_argument("--list-layers", action="store_true", help="list the layers and stop")
     visualize.add_argument(
         "--size",
@@ -115,6 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--repeats", type=int, default=10, help="timed steps of each model (default: 10)")
     benchmark.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     benchmark.add_argument("--json", help="file to write results, device and versions to")
+
+    export = commands.add_parser("export", help="write a model as ONNX or for torch.export, and check the file")
+    export.add_argument("model", nargs="?", help="timm model, with fresh weights; or give --checkpoint")
+    _checkpoint_options(export, required=False)
+    export.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="what to write (default: onnx)")
+    export.add_argument("--output", help="file to write (default: model.onnx or model.pt2)")
+    export.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="input size (default: the model's own)"
+    )
+    export.add_argument("--batch", type=int, help="images at a time (default: any number)")
+    export.add_argument("--dynamic-size", action="store_true", help="leave height and width open, too")
     return parser
 
 
@@ -195,21 +207,24 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _visualize(arguments: argparse.Namespace) -> None:
     from .checkpoint import load_model
     from .predict import open_image
-    from .visualize import draw, heat_maps, layers
+    from .visualize import draw, draw_page, heat_maps, layers
 
     model, preprocessing, state = load_model(arguments.checkpoint, which=arguments.which, weights=arguments.weights)
     if arguments.list_layers:
         print("\n".join(layers(model)))
         return
-    result = heat_maps(
-        model,
-        preprocessing,
-        open_image(arguments.image)[0],
-        pixel=arguments.pixel,
-        layer=arguments.layer,
-        size=arguments.size,
-    )
-    draw(result, arguments.output, title=f"{state['model']['name']} on {Path(arguments.image).name}")
+    photograph = open_image(arguments.image)[0]
+    title = f"{state['model']['name']} on {Path(arguments.image).name}"
+    if arguments.all_layers and arguments.layer is not None:
+        raise ValueError(f"layer must not be given with --all-layers, got {arguments.layer!r}")
+    results = [
+        heat_maps(model, preprocessing, photograph, pixel=arguments.pixel, layer=layer, size=arguments.size)
+        for layer in (layers(model) if arguments.all_layers else [arguments.layer])
+    ]
+    if arguments.all_layers:
+        draw_page(results, arguments.output, title=title)
+    else:
+        draw(results[0], arguments.output, title=title)
     print(arguments.output)
 
 
@@ -246,6 +261,24 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     print(speed.table(rows))
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from .export import SUFFIXES, export, open_model
+
+    model, (channels, height, width) = open_model(
+        arguments.model, arguments.checkpoint, which=arguments.which, weights=arguments.weights
+    )
+    height, width = arguments.size or (height, width)
+    exported = export(
+        model,
+        arguments.output or f"model{SUFFIXES[arguments.format]}",
+        input_size=(channels, height, width),
+        format=arguments.format,
+        batch=arguments.batch,
+        dynamic_size=arguments.dynamic_size,
+    )
+    print(exported.as_text())
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "validate": _validate,
@@ -253,6 +286,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "visualize": _visualize,
     "profile": _profile,
     "benchmark": _benchmark,
+    "export": _export,
 }
 
 

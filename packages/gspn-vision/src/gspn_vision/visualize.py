@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,44 @@ def heat_maps(
     )
 
 
+def _overlay(axis: Any, result: HeatMaps, values: Tensor) -> Any:
+    """Put one map over the greyed photograph, logarithmically; return what a colour bar needs."""
+    photo = result.photograph
+    extent = (0, photo.width, photo.height, 0)
+    axis.imshow(photo.convert("L").convert("RGB"), extent=extent)
+    strength = 1 + values.clamp(10.0**-_DECADES, 1).log10().numpy() / _DECADES
+    return axis.imshow(
+        strength,
+        extent=extent,
+        cmap="inferno",
+        vmin=0,
+        vmax=1,
+        alpha=0.9 * strength**0.7,
+        interpolation="bilinear",
+    )
+
+
+def _mark(axis: Any, result: HeatMaps) -> None:
+    row, column = result.pixel
+    for color, line in (("white", 2.4), ("deepskyblue", 1.2)):
+        axis.plot(column + 0.5, row + 0.5, "o", ms=9, mfc="none", mec=color, mew=line)
+    axis.set_axis_off()
+
+
+def _color_bar(figure: Figure, mappable: Any, axes: Any) -> None:
+    ticks = [i / _DECADES for i in range(_DECADES + 1)]
+    bar = figure.colorbar(mappable, ax=list(axes), shrink=0.7, pad=0.015, ticks=ticks)
+    bar.ax.set_yticklabels([f"{10.0 ** (i - _DECADES):g}" for i in range(_DECADES + 1)])
+    bar.set_label("share of the marked pixel's value that arrives")
+
+
+def _reach(result: HeatMaps) -> str:
+    h, w = result.maps.shape[-2:]
+    return f"{h}×{w} positions, " + (
+        "whole map" if result.chunk_size is None else f"chunks of {result.chunk_size} lines"
+    )
+
+
 def draw(result: HeatMaps, path: str | Path, *, title: str = "") -> None:
     """Draw the photograph, the mean of the four directions and each of them into one PNG.
 
@@ -136,41 +175,46 @@ def draw(result: HeatMaps, path: str | Path, *, title: str = "") -> None:
     thousandth of the chosen pixel's value up to all of it.
     """
     photo = result.photograph
-    grey = photo.convert("L").convert("RGB")
-    extent = (0, photo.width, photo.height, 0)
     shape = photo.height / photo.width
     width, height = (4.2, 4.2 * shape) if shape < 1.4 else (4.2 / shape, 4.2)
     figure = Figure(figsize=(3 * width + 1.3, 2 * (height + 0.3) + 0.75), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    axes[0].imshow(photo, extent=extent)
+    axes[0].imshow(photo, extent=(0, photo.width, photo.height, 0))
     axes[0].set_title("photograph")
     panels = [("mean of the four directions", result.maps.mean(0))]
     panels += [(_TITLES[d], m) for d, m in zip(DIRECTIONS, result.maps, strict=True)]
     mappable: Any = None
     for axis, (name, values) in zip(axes[1:], panels, strict=True):
-        axis.imshow(grey, extent=extent)
-        strength = 1 + values.clamp(10.0**-_DECADES, 1).log10().numpy() / _DECADES
-        mappable = axis.imshow(
-            strength,
-            extent=extent,
-            cmap="inferno",
-            vmin=0,
-            vmax=1,
-            alpha=0.9 * strength**0.7,
-            interpolation="bilinear",
-        )
+        mappable = _overlay(axis, result, values)
         axis.set_title(name)
     for axis in axes:
-        row, column = result.pixel
-        for color, line in (("white", 2.4), ("deepskyblue", 1.2)):
-            axis.plot(column + 0.5, row + 0.5, "o", ms=9, mfc="none", mec=color, mew=line)
-        axis.set_axis_off()
-    ticks = [i / _DECADES for i in range(_DECADES + 1)]
-    bar = figure.colorbar(mappable, ax=list(axes), shrink=0.7, pad=0.015, ticks=ticks)
-    bar.ax.set_yticklabels([f"{10.0 ** (i - _DECADES):g}" for i in range(_DECADES + 1)])
-    bar.set_label("share of the marked pixel's value that arrives")
-    reach = "whole map" if result.chunk_size is None else f"chunks of {result.chunk_size} lines"
-    h, w = result.maps.shape[-2:]
-    heading = f"Where the marked pixel's value goes: layer {result.layer}, {h}×{w} positions, {reach}"
+        _mark(axis, result)
+    _color_bar(figure, mappable, axes)
+    heading = f"Where the marked pixel's value goes: layer {result.layer}, {_reach(result)}"
+    figure.suptitle(f"{title}\n{heading}" if title else heading)
+    figure.savefig(path, dpi=110)
+
+
+def draw_page(results: Sequence[HeatMaps], path: str | Path, *, title: str = "") -> None:
+    """Draw the photograph and, for each of several layers, the mean of its four directions, into one PNG."""
+    photo = results[0].photograph
+    shape = photo.height / photo.width
+    columns = min(4, len(results) + 1)
+    rows = -(-(len(results) + 1) // columns)
+    width, height = (3.2, 3.2 * shape) if shape < 1.4 else (3.2 / shape, 3.2)
+    figure = Figure(figsize=(columns * width + 1.3, rows * (height + 0.45) + 0.75), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    axes[0].imshow(photo, extent=(0, photo.width, photo.height, 0))
+    axes[0].set_title("photograph", fontsize=9)
+    _mark(axes[0], results[0])
+    mappable: Any = None
+    for axis, result in zip(axes[1:], results, strict=False):
+        mappable = _overlay(axis, result, result.maps.mean(0))
+        axis.set_title(f"{result.layer.removesuffix('.mixer.propagation')}\n{_reach(result)}", fontsize=9)
+        _mark(axis, result)
+    for axis in axes[len(results) + 1 :]:
+        axis.remove()
+    _color_bar(figure, mappable, axes[: len(results) + 1])
+    heading = "Where the marked pixel's value goes in each layer, mean of the four directions"
     figure.suptitle(f"{title}\n{heading}" if title else heading)
     figure.savefig(path, dpi=110)
