@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
+from timm.models._hub import save_for_hf
 from torch import nn
 from vision_cases import TINY
 
@@ -349,3 +350,26 @@ def test_profile_of_other_models_and_errors():
         profile("resnet0")
     with pytest.raises(ValueError, match="does not take images of 100x100"):
         profile("deit_small_patch16_224", (100, 100))
+
+
+# ---- the Hugging Face hub, without a network: what is pushed is a folder, and timm loads folders the same way
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_for_the_hub_and_loaded_again(name, tmp_path):
+    model = make(name, num_classes=7).eval()
+    save_for_hf(
+        model,
+        tmp_path,
+        safe_serialization=True,
+        model_config={"num_classes": 7, "label_names": [f"class {i}" for i in range(7)]},
+    )
+    assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = images(1, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+    other_head = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
+    assert other_head(x).shape == (1, 3)
+    assert torch.equal(other_head.stem[0].weight, model.stem[0].weight)
+    grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    torch.testing.assert_close(grey.stem[0].weight[:, 0], model.stem[0].weight.sum(1))
