@@ -37,7 +37,7 @@ bool resident(const Params& p, const Limits& limits, Cover& cover) {
 
 template <class T>
 Plan forward_plan(const Params& p, int d, const Limits& limits) {
-  return plan_strips(p, d, limits, selected_path, kForwardWarps, [&](const Cover& c, int per_block) {
+  return plan_strips(p, d, limits, selected_path, kForwardWarps, kForwardSegments, [&](const Cover& c, int per_block) {
     return with_cover<T>(
         c, [&](auto config) { return strip_forward_bytes<decltype(config)>(p.stochastic, per_block, true); });
   });
@@ -45,9 +45,11 @@ Plan forward_plan(const Params& p, int d, const Limits& limits) {
 
 template <class T>
 Plan backward_plan(const Params& p, int d, const Limits& limits) {
-  return plan_strips(p, d, limits, selected_path, kBackwardWarps, [&](const Cover& c, int per_block) {
-    return with_cover<T>(c, [&](auto config) { return strip_backward_bytes<decltype(config)>(p, per_block, true); });
-  });
+  return plan_strips(p, d, limits, selected_path, kBackwardWarps, kBackwardSegments,
+                     [&](const Cover& c, int per_block) {
+                       return with_cover<T>(
+                           c, [&](auto config) { return strip_backward_bytes<decltype(config)>(p, per_block, true); });
+                     });
 }
 
 inline int64_t elements(const Params& p) { return p.N * p.C * p.H * p.W; }
@@ -143,8 +145,9 @@ void Typed<T>::backward(const Params& p, void* workspace, void* raw_stream) {
     l.partials = partials;
     with_cover<T>(plan.cover, [&](auto config) {
       using C = decltype(config);
-      launch(strip_backward<C>, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
-             strip_backward_bytes<C>(p, l.per_block, l.strips > 1), l.cluster, stream, p, l);
+      if constexpr (C::SEG <= kBackwardSegments)
+        launch(strip_backward<C>, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
+               strip_backward_bytes<C>(p, l.per_block, l.strips > 1), l.cluster, stream, p, l);
     });
     const Partials s = partials_for<T>(p, plan);
     const int64_t plane = p.H * p.W;

@@ -47,6 +47,8 @@ constexpr Cover kDouble[] = {{1, 4, 1, 1}, {2, 4, 1, 1}};
 constexpr int kSharing = 4;
 // Twelve warps leave a thread 168 registers, which the forward kernels need; the backward ones need up to 255.
 constexpr int kForwardWarps = 12, kBackwardWarps = 8;
+// Channels side by side each need pointers of their own, of which the backward kernels have most.
+constexpr int kForwardSegments = 4, kBackwardSegments = 2;
 constexpr int kMostCluster = 8;  // what every device with clusters has
 // Beyond 128 positions a line does not fit one warp, and the resident kernel knows no strips.
 constexpr int kResidentLength = 128;
@@ -57,10 +59,10 @@ inline int useful(const Cover& c) { return width(c) - 2 * c.K; }
 
 inline bool fits_one_warp(const Cover& c, int64_t length) { return length <= width(c) / c.SEG; }
 
-inline Cover cover_of(const Params& p, int64_t length, bool may_share) {
+inline Cover cover_of(const Params& p, int64_t length, bool may_share, int most_segments) {
   if (p.dtype == Dtype::kFloat64) return fits_one_warp(kDouble[0], length) ? kDouble[0] : kDouble[1];
   for (Cover c : kShort) {
-    if (!fits_one_warp(c, length)) continue;
+    if (!fits_one_warp(c, length) || c.SEG > most_segments) continue;
     if (c.SEG == 1 && may_share && p.C / p.weights.channels > 1) c.CW = kSharing;
     return c;
   }
@@ -89,10 +91,11 @@ bool cut(const Cover& cover, int64_t length, const Limits& limits, int most_warp
 }
 
 template <class Bytes>
-Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int most_warps, const Bytes& bytes) {
+Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int most_warps, int most_segments,
+                 const Bytes& bytes) {
   const Scan scan = make_scan(p, d);
   Plan plan;
-  bool possible = cut(cover_of(p, scan.length, true), scan.length, limits, most_warps, bytes, plan);
+  bool possible = cut(cover_of(p, scan.length, true, most_segments), scan.length, limits, most_warps, bytes, plan);
   if (!possible && p.dtype != Dtype::kFloat64) possible = cut(kLongest, scan.length, limits, most_warps, bytes, plan);
   if (!possible)
     throw std::invalid_argument("gspn_core: lines of " + std::to_string(scan.length) +
@@ -118,7 +121,7 @@ bool plan_resident(const Params& p, const Limits& limits, Path path, const Bytes
   if (path == Path::kStrip || path == Path::kCluster || p.dtype == Dtype::kFloat64) return false;
   if (length > kResidentLength || (p.D < 2 && path != Path::kResident)) return false;
   for (const bool share : {true, false}) {
-    cover = cover_of(p, length, share);
+    cover = cover_of(p, length, share, kForwardSegments);
     if (bytes(cover) <= limits.shared_bytes) return true;
   }
   return false;
