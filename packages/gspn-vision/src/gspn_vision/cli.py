@@ -291,11 +291,11 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error of the user's, or 1 if the training diverged."""
+    """Run the command; return 0, or 2 after an error of the user's, or 1 if training or an export went wrong."""
     arguments = _parser().parse_args(argv)
     try:
         _COMMANDS[arguments.command](arguments)
-    except (ValueError, FileNotFoundError, ArithmeticError) as error:
+    except (ValueError, FileNotFoundError, ImportError, ArithmeticError) as error:
         # An error in a loader process comes with its traceback; its own line is the last.
         print(f"gspn-vision: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2

@@ -2,64 +2,101 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+from .checkpoint import build_model, load_model
 
-# Of the largest output: what the roundings of some fifty layers come to in float32, with room.
-TOLERANCE = 1e-4
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+_AXES = {0: "batch", 2: "height", 3: "width"}
+
+# Of the largest output: what fifty layers' roundings in float32 come to, with room.
+_TOLERANCE = 1e-4
 
 
 class ExportMismatchError(ArithmeticError):
     """What was written computes something else than the model."""
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A file that was written, and how far its outputs are from the model's.
+    """A file that was written.
 
-    `difference` is the largest difference of two outputs on random images, `largest` the largest output itself;
-    `difference` is None if there was nothing to run the file with.
+    `images` and `logits` are the shapes of its input and output; a name stands for an open dimension. `difference` is
+    the largest between its outputs and the model's for random images, `largest` the largest output; both are None
+    where onnxruntime is missing.
     """
 
     path: Path
     bytes: int
-    inputs: str
-    outputs: str
+    images: tuple[int | str, ...]
+    logits: tuple[int | str, ...]
     difference: float | None
-    largest: float
+    largest: float | None
+
+    def as_text(self) -> str:
+        """Return lines for people."""
+        lines = [
+            f"{self.path}: {self.bytes / 1e6:.1f} MB",
+            f"input   images ({', '.join(map(str, self.images))}) float32",
+            f"output  logits ({', '.join(map(str, self.logits))}) float32",
+        ]
+        if self.difference is None:
+            lines.append("not checked: pip install onnxruntime to compare its outputs with the model's")
+        else:
+            lines.append(f"checked: outputs up to {self.largest:.4g} differ from the model's by {self.difference:.2g}")
+        return "\n".join(lines)
+
+
+def open_model(
+    name: str | None, checkpoint: str | None, *, which: str = "best", weights: str = "auto"
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return a timm model with fresh weights, or that of a checkpoint, in evaluation mode, and its input's (C, H, W).
+
+    Raises:
+        ValueError: neither is given, or both; timm knows no such model.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    if (name is None) == (checkpoint is None):
+        raise ValueError(f"give a model or --checkpoint, got {'neither' if name is None else 'both'}")
+    if checkpoint is not None:
+        model, preprocessing, _ = load_model(checkpoint, which=which, weights=weights)
+        return model, (preprocessing.in_chans, *preprocessing.size)
+    assert name is not None
+    model = build_model(name, {}).eval()
+    own: Any = model.pretrained_cfg
+    return model, tuple(own["input_size"])
 
 
 def export(
     model: nn.Module,
     path: str | Path,
     *,
-    size: tuple[int, int],
+    input_size: tuple[int, int, int],
     format: str = "onnx",
-    in_chans: int = 3,
     batch: int | None = None,
     dynamic_size: bool = False,
 ) -> Exported:
-    """Write a model to a file, which appears only when it is whole and gives the outputs of the model.
+    """Write a model to a file, which appears only when it is whole and gives the model's outputs.
 
-    An ONNX file has the input `images` and the output `logits` and holds standard operators only, the line scans as
-    `Scan`. A program of torch.export calls the operators of gspn_core, which must be imported where it is loaded.
+    An ONNX file has the input `images`, the output `logits`, and standard operators only. A program of torch.export
+    calls the operators of gspn_core, which must be imported before `torch.export.load`; where sizes are open, those of
+    the last stage's map must be 2 or more, that is, images larger than the model's stride.
 
     Args:
-        model: an image model on the CPU, in evaluation mode; (N, in_chans, H, W) to (N, ...).
-        path: of the file, ending in .onnx or .pt2 as the format has it; an older file is replaced.
-        size: height and width of the images.
+        model: (N, C, H, W) to (N, ...), on the CPU and in evaluation mode.
+        path: of the file, ending in .onnx or .pt2 as the format has it. An older file is replaced.
+        input_size: C, H and W of the images.
         format: "onnx", or "torch" for torch.export.
-        in_chans: channels of the images.
-        batch: images at a time; None leaves it open.
-        dynamic_size: leave height and width open, too; `size` is then what the model is traced with.
+        batch: N; None leaves it open.
+        dynamic_size: leave H and W open, too; those given are what the model is traced with.
 
     Raises:
         ValueError: an argument does not fit, or the model does not take such images.
@@ -68,25 +105,122 @@ def export(
         ExportMismatchError: the outputs differ.
     """
     path = Path(path)
-    _check(path, format, size, batch)
-    torch.manual_seed(0)
-    # Not of one image, which the exporter would take for a constant.
-    images = torch.randn(batch or 2, in_chans, *size)
+    _check_arguments(path, format, input_size, batch)
+    open_axes = [axis for axis in _AXES if (batch is None if axis == 0 else dynamic_size)]
+    # Two images, where the number is open: the exporter takes one for a constant.
+    images = _noise((batch or 2, *input_size))
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    # Under autograd the scans save states, and torch.export would limit the sizes to those that need as many.
     with torch.no_grad():
         try:
-            outputs = model(images)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise ValueError(f"the model does not take images of {size[0]} x {size[1]}: {error}") from error
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+            logits = model(images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            size, reason = f"{input_size[1]}x{input_size[2]}", str(error).partition("\n")[0]
+            raise ValueError(f"the model does not take images of {size}: {reason}") from error
+        try:
+            run = (_onnx if format == "onnx" else _torch)(model, images, temporary, open_axes)
+            difference, largest = _compare(run, model, images, open_axes) if run is not None else (None, None)
+            _sync(temporary)
+            count = temporary.stat().st_size
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Exported(
+        path=path,
+        bytes=count,
+        images=tuple(_AXES[axis] if axis in open_axes else n for axis, n in enumerate(images.shape)),
+        logits=("batch" if batch is None else batch, *logits.shape[1:]),
+        difference=difference,
+        largest=largest,
+    )
+
+
+def _check_arguments(path: Path, format: str, input_size: tuple[int, int, int], batch: int | None) -> None:
+    if format not in SUFFIXES:
+        raise ValueError(f"format must be one of {', '.join(SUFFIXES)}, got {format!r}")
+    if path.suffix != SUFFIXES[format]:
+        raise ValueError(f"the file of the format {format} must end in {SUFFIXES[format]}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder")
+    if min(input_size) < 1:
+        raise ValueError(f"channels, height and width must be at least 1, got {tuple(input_size)}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+_Run = Callable[[Tensor], Tensor]
+
+
+def _torch(model: nn.Module, images: Tensor, path: Path, open_axes: list[int]) -> _Run:
+    """Write a program of torch.export and return what runs it."""
+    shapes = (dict.fromkeys(open_axes, torch.export.Dim.DYNAMIC),)
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=shapes), path)
+    module: _Run = torch.export.load(path).module()
+    return module
+
+
+def _onnx(model: nn.Module, images: Tensor, path: Path, open_axes: list[int]) -> _Run | None:
+    """Write ONNX and return what runs it, None without onnxruntime."""
+    from gspn_core.export import onnx_translations
+
+    program: Any = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({axis: _AXES[axis] for axis in open_axes},),
+        custom_translation_table=onnx_translations(),
+    )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the source lines it stems from, with paths of this machine
+    program.save(path, external_data=False)
     try:
-        write = {"onnx": _write_onnx, "torch": _write_torch}[format]
-        write(model, images, temporary, _dynamic_shapes(batch, dynamic_size))
-        read = {"onnx": _read_onnx, "torch": _read_torch}[format]
-        difference, largest = _compare(model, read(temporary), _test_images(images, batch, dynamic_size))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    axes = ["N" if batch is None else str(batch), *([] if not dynamic_size else [])]
-    ...
+        onnxruntime: Any = importlib.import_module("onnxruntime")
+    except ImportError:
+        return None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+
+
+def _noise(size: tuple[int, ...]) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def _sizes(images: Tensor, open_axes: list[int]) -> Iterator[tuple[int, ...]]:
+    """Yield the size of images, and others as far as its dimensions are open."""
+    n, c, h, w = images.shape
+    yield n, c, h, w
+    if 0 in open_axes:
+        yield 1, c, h, w
+    if 2 in open_axes:
+        yield n, c, h + 8, 2 * w - 1
+
+
+def _compare(run: _Run, model: nn.Module, images: Tensor, open_axes: list[int]) -> tuple[float, float]:
+    """Return the largest difference of the outputs for random images, and the largest output.
+
+    Raises:
+        ExportMismatchError: they differ by more than rounding.
+    """
+    difference = largest = 0.0
+    for size in _sizes(images, open_axes):
+        x = _noise(size)
+        expected, ours = model(x), run(x)
+        if ours.shape != expected.shape:
+            raise ExportMismatchError(
+                f"the file gives {tuple(ours.shape)} where the model gives {tuple(expected.shape)}"
+            )
+        apart, scale = (ours - expected).abs().max().item(), expected.abs().max().item()
+        if not apart <= _TOLERANCE * scale:  # true of NaN as well
+            raise ExportMismatchError(f"the file's outputs differ from the model's, up to {scale:.4g}, by {apart:.2g}")
+        difference, largest = max(difference, apart), max(largest, scale)
+    return difference, largest
