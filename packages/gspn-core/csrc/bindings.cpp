@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -190,9 +191,15 @@ struct Launch {
   }
 };
 
+// The kernels count lines in 32 bits, and a longer chunk holds the whole image anyway.
+Params in_32_bits(Params p) {
+  p.chunk = std::min<int64_t>(p.chunk, INT32_MAX);
+  return p;
+}
+
 template <class... Args>
 void cuda_forward(const Launch& launch, const Call& call, Args... args) {
-  const Params p = forward_params(call, args...);
+  const Params p = in_32_bits(forward_params(call, args...));
   if (is_empty(p)) return;
   const gspn::cuda::OnDevice device(launch.device);
   launch(gspn::cuda::forward_workspace(p),
@@ -201,7 +208,7 @@ void cuda_forward(const Launch& launch, const Call& call, Args... args) {
 
 template <class... Args>
 void cuda_backward(const Launch& launch, const Call& call, Args... args) {
-  const Params p = backward_params(call, args...);
+  const Params p = in_32_bits(backward_params(call, args...));
   if (is_empty(p)) return;
   const gspn::cuda::OnDevice device(launch.device);
   launch(gspn::cuda::backward_workspace(p),

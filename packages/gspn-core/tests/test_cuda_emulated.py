@@ -91,7 +91,7 @@ def test_a_line_too_long_for_the_device_is_refused(emulated):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("chunk_size", [None, 1, 2, 7, 16, 48, 1000])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 7, 16, 48, 1000, 2**32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks(emulated, dtype, chunk_size, path):
     emulated.cuda_select_path(path)
