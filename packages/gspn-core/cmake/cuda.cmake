@@ -1,7 +1,7 @@
 # CUDA kernels for the target _C, where GSPN_CUDA asks for them and nvcc is there.
 set(GSPN_KNOWN_ARCHITECTURES 80 86 89 90 100 120)
 
-if(NOT GSPN_CUDA)
+if("${GSPN_CUDA}" STREQUAL "")  # not if(NOT ...): off is a false value too
   set(GSPN_CUDA auto)
 endif()
 string(TOLOWER "${GSPN_CUDA}" cuda_wanted)
