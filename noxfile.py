@@ -183,7 +183,7 @@ def sanitize(session: nox.Session) -> None:
         *(python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)),
         *("-C", "cmake.define.GSPN_SANITIZE=ON", "-C", "install.strip=false", "-C", f"build-dir={SANITIZED / 'build'}"),
         "packages/gspn-core",
-        env={"CXX": "g++"},
+        env={"CXX": "g++", "GSPN_CUDA": "off"},
         external=True,
     )
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -251,7 +251,7 @@ def package(session: nox.Session) -> None:
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     for name in PACKAGES:
-        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}")
+        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}", env=_cuda_build())
     for sdist in dist.glob("*.tar.gz"):
         with tarfile.open(sdist) as archive:
             built = [name for name in archive.getnames() if name.endswith((".o", ".so", ".pyc"))]
