@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"
 SANITIZED = ROOT / ".nox" / "sanitized"
 INSTALLED = ROOT / ".nox" / "installed"
-CUDA_BUILD = ROOT / ".nox" / "cuda"
+CUDA_BUILD = ROOT / ".nox" / "cuda-build"  # beside the environment of the session
 
 # Applications depend on core and never on each other.
 PACKAGES = sorted(
