@@ -73,3 +73,26 @@ def test_validation_by_two_processes(runs, tmp_path):
     assert len(names) == 48
     assert names == sorted(names, key=lambda name: names.index(name))
     assert len(set(names)) == 48
+
+
+def test_accelerate_launches_it_too(training_folder, tmp_path):
+    """One process: on CPUs `accelerate launch` starts several through MPI alone, torchrun through gloo (above)."""
+    file = tmp_path / "options.yaml"
+    options = tiny_run(training_folder) | {"epochs": 1, "warmup_epochs": 0}
+    file.write_text(yaml.safe_dump({**options, "out": str(tmp_path / "run")}))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "gspn_vision.cli"]
+    command = [*launch, "train", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = checkpoint.read_state(checkpoint.locate(tmp_path / "run", "latest"))
+    assert (state["processes"], state["step"]) == (1, 4)

@@ -5,11 +5,12 @@ from itertools import chain
 import pytest
 import timm
 import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import save_for_hf
 from torch import nn
-from vision_cases import TINY
+from vision_cases import TINY, write_images
 
 from gspn_core import SpatialPropagation
 from gspn_vision.models import Gspn, checkpoint_filter_fn
@@ -269,6 +270,42 @@ def test_bfloat16(name):
     y = model.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), model.float()(x), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float16(name):
+    model = make(name).eval()
+    x = images(2, 3, 64, 64)
+    expected = model(x)
+    y = model.half()(x.half())
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_images_that_do_not_fit_are_refused():
+    """As timm's own convolutional models do: by the layer that meets them."""
+    model = make("gspn2_nano")
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 4 channels"):
+        model(images(1, 4, 64, 64))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(make("gspn2_nano", num_classes=10).state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_with_timms_loader(tmp_path):  # timm leaves the files of images to the garbage collector
+    """timm's data set, loader and preprocessing, as its own validation script puts them together."""
+    write_images(tmp_path, {"left": 3, "right": 3})
+    model = make("gspn2_nano", num_classes=2).eval()
+    options = resolve_data_config({"input_size": (3, 64, 64)}, model=model)
+    dataset = create_dataset("", root=str(tmp_path), split="val")
+    names = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    loader = create_loader(
+        dataset, batch_size=4, use_prefetcher=False, num_workers=0, **{name: options[name] for name in names}
+    )
+    batches = [(model(x), y) for x, y in loader]
+    assert [len(logits) for logits, _ in batches] == [4, 2]
+    assert torch.cat([y for _, y in batches]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert options["mean"] == model.pretrained_cfg["mean"]
 
 
 @pytest.mark.parametrize("name", MODELS)
