@@ -6,7 +6,7 @@ a row for each case and pass whether it was measured or not; `report.py` makes a
 
     python benchmarks/gpu.py --list
     python benchmarks/gpu.py --budget 240 --out results.json
-    python benchmarks/gpu.py --device cpu --quick --out /tmp/trial.json       tries the program, measures nothing of use
+    python benchmarks/gpu.py --device cpu --quick --out trial.json       tries the program, measures nothing of use
 """
 
 from __future__ import annotations

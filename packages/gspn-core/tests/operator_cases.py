@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gspn_core import line_scan, propagate, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -67,3 +70,31 @@ def assert_as_accurate(
         error, allowed = (o.double() - e).abs().max(), 2 * (p.double() - e).abs().max()
         allowed = allowed + ROUNDING[o.dtype] * e.abs().max().clamp(min=1)
         assert error <= allowed, f"{label} {name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_propagate(inputs: Sequence[Tensor | None], **options: Any) -> None:
+    assert_as_accurate(
+        lambda *t: propagate(*t, **options), lambda *t: reference.propagate(*t, **options), inputs, str(options)
+    )
+
+
+def check_line_scan(inputs: Sequence[Tensor | None], **options: Any) -> None:
+    assert_as_accurate(
+        lambda *t: line_scan(*t, **options), lambda *t: reference.line_scan(*t, **options), inputs, str(options)
+    )
+
+
+# ---- layouts of a tensor's memory
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def part_of_a_wider_buffer(t: Tensor) -> Tensor:
+    wide = torch.full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1] + 5), torch.nan, dtype=t.dtype)
+    return wide[..., 2:-1, 1:-4].copy_(t)
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT

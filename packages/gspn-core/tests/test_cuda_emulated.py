@@ -6,9 +6,19 @@ import subprocess
 import pytest
 import torch
 from emulation import build
-from operator_cases import DTYPES, assert_as_accurate, propagate_inputs, randn, value_and_gradients
+from operator_cases import (
+    DTYPES,
+    channels_last,
+    check_line_scan,
+    check_propagate,
+    part_of_a_wider_buffer,
+    propagate_inputs,
+    randn,
+    transposed,
+    value_and_gradients,
+)
 
-from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
+from gspn_core import DIRECTIONS, _backend, propagate, reference
 
 pytestmark = pytest.mark.skipif(build.missing() != "", reason=build.missing())
 
@@ -40,18 +50,6 @@ def emulated(module, monkeypatch):
     yield module
     module.cuda_select_path("auto")
     module.emulate_device(*H100)
-
-
-def check_propagate(inputs, **options):
-    assert_as_accurate(
-        lambda *t: propagate(*t, **options), lambda *t: reference.propagate(*t, **options), inputs, str(options)
-    )
-
-
-def check_line_scan(inputs, **options):
-    assert_as_accurate(
-        lambda *t: line_scan(*t, **options), lambda *t: reference.line_scan(*t, **options), inputs, str(options)
-    )
 
 
 PATHS = ("resident", "strip", "cluster")
@@ -149,19 +147,6 @@ def test_only_wanted_gradients(emulated, dtype, wanted, path):
 
 
 # ---- strides
-
-
-def channels_last(t):
-    return t.movedim(-3, -1).contiguous().movedim(-1, -3)
-
-
-def part_of_a_wider_buffer(t):
-    wide = torch.full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1] + 5), torch.nan, dtype=t.dtype)
-    return wide[..., 2:-1, 1:-4].copy_(t)
-
-
-def transposed(t):
-    return t.mT.contiguous().mT
 
 
 @pytest.mark.parametrize("path", PATHS)

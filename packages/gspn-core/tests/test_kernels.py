@@ -7,7 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import DTYPES, assert_as_accurate, propagate_inputs, randn, value_and_gradients
+from operator_cases import (
+    DTYPES,
+    channels_last,
+    check_line_scan,
+    check_propagate,
+    part_of_a_wider_buffer,
+    propagate_inputs,
+    randn,
+    transposed,
+    value_and_gradients,
+)
 
 from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
 
@@ -24,18 +34,6 @@ def isa(request):
     EXTENSION.select_isa(request.param)
     yield request.param
     EXTENSION.select_isa("auto")
-
-
-def check_propagate(inputs, **options):
-    assert_as_accurate(
-        lambda *t: propagate(*t, **options), lambda *t: reference.propagate(*t, **options), inputs, str(options)
-    )
-
-
-def check_line_scan(inputs, **options):
-    assert_as_accurate(
-        lambda *t: line_scan(*t, **options), lambda *t: reference.line_scan(*t, **options), inputs, str(options)
-    )
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -87,22 +85,8 @@ def test_some_directions_in_any_order(dtype, directions):
 # ---- strides
 
 
-def channels_last(t):
-    return t.movedim(-3, -1).contiguous().movedim(-1, -3)
-
-
-def part_of_a_wider_buffer(t):
-    wide = torch.full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1] + 5), torch.nan, dtype=t.dtype)
-    view = wide[..., 2:-1, 1:-4]
-    return view.copy_(t)
-
-
 def every_second_column(t):
     return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1).flatten(-2)[..., ::2]
-
-
-def transposed(t):
-    return t.mT.contiguous().mT
 
 
 @pytest.mark.parametrize("layout", [channels_last, part_of_a_wider_buffer, every_second_column, transposed])

@@ -141,9 +141,10 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
   A* const states = states_of(cw);
 
   WeightLoader<C> weight_loader(p, channels, scan, job.n, l.d);
-  InputLoader<C> input(p, channels, scan, job.n, l.d);
-  const Planes<C, const T> dy = channels.template planes<const T>(p, p.dy, scan, job.n, 0);
-  const Planes<C, const T> u = channels.template planes<const T>(p, p.u, scan, job.n, l.d);
+  GatedLoader<C> input(channels.template planes<const T>(p, p.x, scan, job.n, 0),
+                       channels.template planes<const T>(p, p.lam, scan, job.n, l.d));
+  GatedLoader<C> source(channels.template planes<const T>(p, p.dy, scan, job.n, 0),
+                        channels.template planes<const T>(p, p.u, scan, job.n, l.d));
   const Checkpoints<C> checkpoints(p, channels, scan, job.n, l.d);
   const Partials sizes = partials_of<C>(p);
   A* const weight_partials = static_cast<A*>(l.partials);
@@ -217,27 +218,15 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
 
     for (int i0 = begin + (end - 1 - begin) / C::K * C::K; i0 >= begin; i0 -= C::K) {
       const Window w = window(job, scan, i0, end);
-      {
-        Fragment<C, T, C::kElements> raw_dy, raw_u;
-        weight_loader.load(w, horizontal, cw);
-        raw_dy.load(dy, w, horizontal);
-        if (u) raw_u.load(u, w, horizontal);
-        weight_loader.put(weights, w, horizontal, cw);
-        const int start = opaque(lane);
-#pragma unroll
-        for (int e = 0; e < C::kElements; ++e) {
-          const Place at = place<C>(horizontal, e * 32 + start);
-          if (at.m >= w.count) continue;
-          A s = 0;
-          if (inside<C>(w, at)) s = u ? widen(raw_u.v[e]) * widen(raw_dy.v[e]) : widen(raw_dy.v[e]);
-          tile[at.m * C::kPitch + at.col] = s;
-        }
-      }
+      weight_loader.load(w, horizontal, cw);
+      source.load(w, horizontal);
+      weight_loader.put(weights, w, horizontal, cw);
+      source.put(tile, w, horizontal);
       share_barrier<C>();
       if (i0 > job.begin) {  // what comes next is under way while this tile is computed
         const Window before = window(job, scan, i0 - C::K > job.begin ? i0 - C::K : job.begin, i0);
-        prefetch_tile<C>(dy, before, horizontal);
-        if (u) prefetch_tile<C>(u, before, horizontal);
+        prefetch_tile<C>(source.value, before, horizontal);
+        if (source.gate) prefetch_tile<C>(source.gate, before, horizontal);
       }
       if (!last_tile && l.strips > 1) job.strips.exchange(halos, exchanges++ & 1, v, l.cluster);
       last_tile = false;
@@ -254,15 +243,17 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
           const int i = i0 + at.m, j = position_of<C>(w, at.col);
           const A g = tile[at.m * C::kPitch + at.col];
           if (dx) {
-            A value = input.lam ? widen(*input.lam.at(at.col, i, j)) * g : g;
+            A value = input.gate ? widen(*input.gate.at(at.col, i, j)) * g : g;
             if (!l.first) value += *dx_sums.at(at.col, i, j);
             if (l.last)
               narrow(value, *dx.at(at.col, i, j));
             else
               *dx_sums.at(at.col, i, j) = value;
           }
-          if (dlam) dlam.store(g * widen(*input.x.at(at.col, i, j)), at.col, i, j);
-          if (du) du.store(widen(*dy.at(at.col, i, j)) * states[(i - begin + 1) * C::kPitch + at.col], at.col, i, j);
+          if (dlam) dlam.store(g * widen(*input.value.at(at.col, i, j)), at.col, i, j);
+          if (du)
+            du.store(widen(*source.value.at(at.col, i, j)) * states[(i - begin + 1) * C::kPitch + at.col], at.col, i,
+                     j);
         }
       }
       if (p.dweights.data != nullptr) {

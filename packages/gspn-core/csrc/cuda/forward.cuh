@@ -205,6 +205,7 @@ __device__ __forceinline__ Window window(const Job<C>& job, const Scan& scan, in
 template <class C>
 __global__ void __launch_bounds__(32 * kForwardWarps)
     strip_forward(const __grid_constant__ Params p, const __grid_constant__ StripLaunch l) {
+  using T = typename C::T;
   using A = typename C::A;
   const Scan scan = make_scan(p, l.d);
   const Job<C> job(p, l, scan);
@@ -216,7 +217,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
   A* const halos = memory + l.per_block * (weights_size + C::CW * C::K * C::kPitch);
 
   WeightLoader<C> weight_loader(p, job.channels, scan, job.n, l.d);
-  InputLoader<C> input(p, job.channels, scan, job.n, l.d);
+  GatedLoader<C> input(job.channels.template planes<const T>(p, p.x, scan, job.n, 0),
+                       job.channels.template planes<const T>(p, p.lam, scan, job.n, l.d));
   Output<C> output(p, l, job.channels, scan, job.n);
   const Checkpoints<C> checkpoints(p, job.channels, scan, job.n, l.d);
 
@@ -289,12 +291,12 @@ __global__ void __launch_bounds__(64 * C::CW)
   A* const sums = memory + 2 * (weights_size + C::CW * C::K * C::kPitch);
   T* const xs = reinterpret_cast<T*>(sums + Memory::kChannels * plane);
 
-  Job<C> job(p, whole, Scan{false, false, p.H, p.W});
+  const Scan rows{false, false, p.H, p.W};
+  Job<C> job(p, whole, rows);
   job.strips.channel_warp = cw, job.strips.index = 0;
   const Field x_field{xs + cw * C::SEG * plane, 0, 0, 0, int64_t(plane), 0, pitch, 1};
   const Field sums_field{sums + cw * C::SEG * plane, 0, 0, 0, int64_t(plane), 0, pitch, 1};
   const int lane = int(threadIdx.x) & 31, pixels = int(p.H) * int(p.W);
-  const Scan rows{false, false, p.H, p.W};
   // Both warps of a channel copy it in, and in the end out.
 #pragma unroll
   for (int s = 0; s < C::SEG; ++s) {
@@ -313,13 +315,14 @@ __global__ void __launch_bounds__(64 * C::CW)
     const int lines = int(scan.lines), length = int(scan.length);
 
     WeightLoader<C> weight_loader(p, job.channels, scan, job.n, d);
-    InputLoader<C> input(p, job.channels, scan, job.n, d);
+    Planes<C, const T> x;
     Planes<C, A> y;
 #pragma unroll
     for (int s = 0; s < C::SEG; ++s) {
-      input.x.plane[s] = scan_plane<const T>(x_field, scan, 0, 0, s);
+      x.plane[s] = scan_plane<const T>(x_field, scan, 0, 0, s);
       y.plane[s] = scan_plane<A>(sums_field, scan, 0, 0, s);
     }
+    GatedLoader<C> input(x, job.channels.template planes<const T>(p, p.lam, scan, job.n, d));
     const Planes<C, const T> u = job.channels.template planes<const T>(p, p.u, scan, job.n, d);
     const Checkpoints<C> checkpoints(p, job.channels, scan, job.n, d);
 

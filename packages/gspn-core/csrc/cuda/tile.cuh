@@ -248,22 +248,20 @@ struct WeightLoader {
   }
 };
 
-// The gated input lam x of a strip's tile.
+// The product of a value and its gate, if there is one: lam x of the forward, u dy of the backward.
 template <class C>
-struct InputLoader {
+struct GatedLoader {
   using T = typename C::T;
   using A = typename C::A;
-  Planes<C, const T> x, lam;
-  Fragment<C, T, C::kElements> raw_x, raw_lam;
+  Planes<C, const T> value, gate;
+  Fragment<C, T, C::kElements> raw_value, raw_gate;
 
-  __device__ __forceinline__ InputLoader(const Params& p, const Channels<C>& channels, const Scan& scan, int64_t n,
-                                         int64_t d)
-      : x(channels.template planes<const T>(p, p.x, scan, n, 0)),
-        lam(channels.template planes<const T>(p, p.lam, scan, n, d)) {}
+  __device__ __forceinline__ GatedLoader(const Planes<C, const T>& value, const Planes<C, const T>& gate)
+      : value(value), gate(gate) {}
 
   __device__ __forceinline__ void load(const Window& w, bool horizontal) {
-    raw_x.load(x, w, horizontal);
-    if (lam) raw_lam.load(lam, w, horizontal);
+    raw_value.load(value, w, horizontal);
+    if (gate) raw_gate.load(gate, w, horizontal);
   }
   __device__ __forceinline__ void put(A* tile, const Window& w, bool horizontal) const {
     const int lane = opaque(threadIdx.x & 31);
@@ -271,9 +269,9 @@ struct InputLoader {
     for (int e = 0; e < C::kElements; ++e) {
       const Place at = place<C>(horizontal, e * 32 + lane);
       if (at.m >= w.count) continue;
-      A f = 0;
-      if (inside<C>(w, at)) f = lam ? widen(raw_lam.v[e]) * widen(raw_x.v[e]) : widen(raw_x.v[e]);
-      tile[at.m * C::kPitch + at.col] = f;
+      A product = 0;
+      if (inside<C>(w, at)) product = gate ? widen(raw_gate.v[e]) * widen(raw_value.v[e]) : widen(raw_value.v[e]);
+      tile[at.m * C::kPitch + at.col] = product;
     }
   }
 };
@@ -352,7 +350,6 @@ struct Strips {
   int per_block, rank;  // strips of a block; this block's rank in its cluster
   int channel_warp;
 
-  __device__ __forceinline__ int halo() const { return count > 1 ? C::K : 0; }
   __device__ __forceinline__ int first_position() const { return count > 1 ? index * kUseful - C::K : 0; }
   // Columns whose results belong to this strip.
   __device__ __forceinline__ bool owns(int col) const { return count == 1 || (col >= C::K && col < C::kWidth - C::K); }
