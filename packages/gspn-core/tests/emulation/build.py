@@ -33,8 +33,11 @@ def _build(folder: Path, target: str, *options: str) -> None:
     _run("cmake", "--build", folder, "--target", target)
 
 
-def build_module(folder: Path = BUILD / "emulation", *options: str) -> Path:
-    """Build `_emulated`, a module like gspn_core._C whose CUDA functions run on the CPU."""
+def build_module(folder: Path = BUILD / "emulation", sanitizer: str = "", *options: str) -> Path:
+    """Build `_emulated`, a module like gspn_core._C whose CUDA functions run on the CPU.
+
+    Under a sanitizer it loads only into a process that starts with `address_sanitizer()` in its environment.
+    """
     import pybind11
 
     _build(
@@ -42,6 +45,7 @@ def build_module(folder: Path = BUILD / "emulation", *options: str) -> Path:
         "_emulated",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DGSPN_SANITIZER={sanitizer}",
         *options,
     )
     (path,) = folder.glob("_emulated*.so")
@@ -53,6 +57,20 @@ def build_races(sanitizer: str, folder: Path | None = None, *options: str) -> Pa
     folder = folder or BUILD / f"emulation-{sanitizer}"
     _build(folder, "races", f"-DGSPN_SANITIZER={sanitizer}", "-DGSPN_EMULATED_MODULE=OFF", *options)
     return folder / "races"
+
+
+def address_sanitizer() -> dict[str, str]:
+    """Name the variables that start Python, which is built without it, with AddressSanitizer."""
+
+    def library(name: str) -> str:
+        command = ["g++", f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    # libstdc++ comes first too, or AddressSanitizer does not find the function that throws exceptions.
+    return {
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
+    }
 
 
 def load_module(path: str | Path) -> ModuleType:
