@@ -117,6 +117,17 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def demo_dit(session: nox.Session) -> None:
+    """Train a classifier and a diffusion model on digits, draw digits and measure them; to demo-dit-output."""
+    python = _shared(session)
+    out, classifier = Path("demo-dit-output"), Path("demo-dit-output") / "classifier"
+    train = (_executable(SHARED, "gspn-vision"), "train", "--config", "gspn2_nano_digits", "--out", str(classifier))
+    session.run(*train, external=True)
+    command = ("-m", "gspn_dit.demo", "--classifier", str(classifier), "--out", str(out))
+    session.run(python, *command, *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
 def test(session: nox.Session) -> None:
     """Run the tests of every package and of tools, or of those named after --."""
     names = _named(session, [*PACKAGES, "tools"])

@@ -1,0 +1,166 @@
+"""What is trained on, pixels or stored latents, in an order that is a function of counters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .features import Features
+from .images import adm_crop, open_images
+from .vae import sample_moments
+
+# The first counter of a stream, so that no two purposes share one.
+ORDER, STEP, INIT, SAMPLE = range(4)
+
+
+def derive_seed(*counters: int) -> int:
+    """Return a 64-bit seed that depends on every counter and their order."""
+    # SeedSequence does not tell trailing zeros from nothing: their number comes first.
+    low, high = np.random.SeedSequence((len(counters), *counters)).generate_state(2, np.uint32)
+    return int(high) << 32 | int(low)
+
+
+class Pixels(Dataset[tuple[Tensor, int]]):
+    """Images as uint8 (C, H, W), with their classes.
+
+    Args:
+        name, split: as in `open_images`.
+        size: height and width, cropped to as ADM does; None keeps the digits' 8 x 8.
+
+    Raises:
+        ValueError: size is missing where the images need one.
+    """
+
+    def __init__(self, name: str, split: str | None, size: int | tuple[int, int] | None) -> None:
+        self.images = open_images(name, split=split)
+        self.class_names = self.images.class_names
+        if size is None and name != "digits":
+            raise ValueError("image_size must be given to train on the pixels of these images, got none")
+        self.size = size
+        self.shape = tuple(self[0][0].shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        pixels = np.asarray(image if self.size is None else adm_crop(image, self.size))
+        return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], -1).permute(2, 0, 1), label
+
+    def clean(self, items: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
+        """Return x_0 in [-1, 1], (N, C, H, W), of items as loaded; images where `mirrored` (N,) is set are flipped."""
+        x = items.float() / 127.5 - 1
+        return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+class Latents(Dataset[tuple[Tensor, int]]):
+    """What `gspn-dit extract` stored: moments (2, 2C, H, W) of image and mirror image, with classes.
+
+    Args:
+        folder: of the features.
+        vae_fingerprint: that they must be made with, if given.
+    """
+
+    def __init__(self, folder: str, vae_fingerprint: str | None = None) -> None:
+        self.features = Features(folder, vae_fingerprint=vae_fingerprint)
+        self.class_names = self.features.class_names
+        self.shape = tuple(self.features.latent_shape)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.features[index]
+
+    def clean(self, items: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
+        """Return scaled latents x_0, (N, C, H, W), drawn from the posterior by `noise` of that shape."""
+        moments = items[torch.arange(len(items), device=items.device), mirrored.long()]
+        features = self.features
+        return sample_moments(moments.float(), noise, features.scaling_factor, features.shift_factor)
+
+
+def open_data(
+    name: str, *, split: str | None, image_size: int | tuple[int, int] | None, vae_fingerprint: str | None
+) -> Pixels | Latents:
+    """Open features if `name` is a folder of them, or else images."""
+    if (Path(name) / "extraction.json").is_file():
+        if image_size is not None:
+            raise ValueError(f"image_size must be absent with features, whose size is fixed, got {image_size}")
+        return Latents(name, vae_fingerprint)
+    return Pixels(name, split, image_size)
+
+
+class Order(Sampler[list[int]]):
+    """The batches of one process from any update on: permutation after permutation of the data, without a border.
+
+    Update s takes places s B to (s + 1) B of that endless row, B = batch_size * world_size * accumulate, so that its
+    images are the same whatever the number of processes.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, accumulate: int, updates: int, *, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.length, self.batch_size, self.accumulate, self.updates = length, batch_size, accumulate, updates
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.start = 0
+
+    def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
+        return np.random.default_rng(derive_seed(ORDER, self.seed, epoch)).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        piece = self.batch_size * self.world_size
+        epoch, order = -1, np.empty(0, int)
+        for number in range(self.start * self.accumulate, self.updates * self.accumulate):
+            batch = []
+            first = number * piece + self.rank * self.batch_size
+            for place in range(first, first + self.batch_size):
+                if place // self.length != epoch:
+                    epoch = place // self.length
+                    order = self._permutation(epoch)
+                batch.append(int(order[place % self.length]))
+            yield batch
+
+    def __len__(self) -> int:
+        return (self.updates - self.start) * self.accumulate
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in one forward pass of one process."""
+
+    mirrored: Tensor  # (N,) bool
+    posterior: Tensor  # (N, C, H, W), noise of the latents
+    noise: Tensor  # (N, C, H, W)
+    dropped: Tensor  # (N,) bool, labels to replace
+    times: Tensor  # (N,)
+
+
+def draw(
+    objective: Any, shape: tuple[int, ...], count: int, *, mirror: bool, dropout: float, seed: int, part: slice
+) -> Draws:
+    """Draw for `count` images of all processes, and return this process's part.
+
+    Every process draws for all, on the CPU: so the numbers depend neither on the processes nor on the device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return Draws(
+        mirrored=(torch.rand(count, generator=generator) < (0.5 if mirror else 0.0))[part],
+        posterior=torch.randn(count, *shape, generator=generator)[part],
+        noise=torch.randn(count, *shape, generator=generator)[part],
+        dropped=(torch.rand(count, generator=generator) < dropout)[part],
+        times=objective.draw_times(count, generator)[part],
+    )
+
+
+def loader(source: Pixels | Latents, order: Order, workers: int) -> DataLoader[Any]:
+    """Load batches of (items, labels) in an order."""
+    return DataLoader(
+        source, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0, pin_memory=False
+    )

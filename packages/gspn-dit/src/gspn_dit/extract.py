@@ -1,0 +1,291 @@
+"""`gspn-dit extract`: encode a data set of images and their mirror images once, and store the posteriors' moments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKL
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+from .config import use_cpu
+from .features import FORMAT, INDEX, SETTINGS, count_shards, open_shard, read_settings, shard_items, shard_name
+from .files import write_tensors, write_text
+from .images import Images, adm_crop, open_images
+from .vae import factor, fingerprint, load_vae
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ExtractConfig:
+    """Every option of `gspn-dit extract`.
+
+    Args:
+        data: `digits` (scikit-learn's), a folder with a subfolder per class, possibly in `train/` and `val/`, a folder
+            written by `save_to_disk`, or any Hugging Face image data set
+        vae: diffusers VAE, a folder or the name of one on the Hub
+        out: folder of the features; an extraction that was interrupted is continued
+        split: of the data; absent: train, or the only one
+        image_column: column of images; absent: the only one, or `image`
+        label_column: column of classes; absent: the only one, or `label`
+        image_size: height and width that images are resized and cropped to, as ADM does
+        batch_size: images per process and forward pass; another one may change the last bits
+        shard_size: images in a file
+        workers: processes that read images, per extracting process
+        dtype: of the stored moments
+        precision: mixed precision of the encoder
+        device: auto takes the accelerator if any
+        progress: show a progress bar
+    """
+
+    data: str
+    vae: str
+    out: str
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 256
+    batch_size: PositiveInt = 32
+    shard_size: PositiveInt = 1024
+    workers: NonNegativeInt = 4
+    dtype: Literal["float32", "float16"] = "float32"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    device: Literal["auto", "cpu"] = "auto"
+    progress: bool = True
+
+
+class _Crops(Dataset[tuple[Tensor, int] | str]):
+    """Cropped images, uint8 (3, H, W), with their classes; of one that cannot be read, the message."""
+
+    def __init__(self, images: Images, size: tuple[int, int]) -> None:
+        self.images, self.size = images, size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        try:
+            image, label = self.images[index]
+        except ValueError as error:
+            # An error raised through a loader buries its message in a traceback, and holds up the loader's end.
+            return str(error)
+        return torch.from_numpy(np.array(adm_crop(image, self.size))).permute(2, 0, 1).contiguous(), label
+
+
+def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    pixels, labels = default_collate(samples)
+    return pixels, labels
+
+
+def _settings(config: ExtractConfig, images: Images, vae: AutoencoderKL) -> dict[str, Any]:
+    """Return whatever the features depend on.
+
+    Raises:
+        ValueError: the images do not suit the VAE.
+    """
+    side = config.image_size
+    height, width = (side, side) if isinstance(side, int) else side
+    reduction = factor(vae)
+    if height % reduction or width % reduction:
+        raise ValueError(f"image_size must be divisible by the VAE's factor {reduction}, got {height} x {width}")
+    if vae.config.in_channels != 3:
+        raise ValueError(f"vae must take images of 3 channels, got one of {vae.config.in_channels}")
+    return {
+        "format": FORMAT,
+        "source": config.data,
+        "split": config.split,
+        "source_fingerprint": images.fingerprint,
+        "images": len(images),
+        "shard_size": config.shard_size,
+        "image_size": [height, width],
+        "mirrored": True,
+        "vae_fingerprint": fingerprint(vae),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
+        "latent_shape": [vae.config.latent_channels, height // reduction, width // reduction],
+        "dtype": config.dtype,
+        "precision": config.precision,
+        "class_names": images.class_names,
+    }
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # safetensors wraps the system's errors in its own.
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot write {path.name} in {str(path.parent)!r}: {error}; "
+            "the shards that are there are whole, and running it again continues after them"
+        ) from error
+
+
+def _open_folder(folder: Path, settings: dict[str, Any], state: PartialState) -> None:
+    """Make the folder, or check that what is in it is of the same settings.
+
+    Raises:
+        ValueError: it is not; the message names the first setting that differs.
+    """
+    before = read_settings(folder) if (folder / SETTINGS).is_file() else settings
+    # The same images may have been moved, or their split left out.
+    free = ("source", "split") if before.get("source_fingerprint") == settings["source_fingerprint"] else ()
+    for key, value in settings.items():
+        if before.get(key) != value and key not in free:
+            raise ValueError(
+                f"{folder} holds other features: {key} was {before.get(key)!r}, is {value!r}; "
+                "give another folder as `out`"
+            )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        with _writing(folder / SETTINGS):
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+            if not (folder / SETTINGS).is_file():
+                write_text(folder / SETTINGS, json.dumps(settings, indent=1))
+    state.wait_for_everyone()
+
+
+def _missing(folder: Path, settings: dict[str, Any]) -> list[int]:
+    """Return the shards that are absent or damaged."""
+    numbers = []
+    for number in range(count_shards(settings)):
+        try:
+            open_shard(folder, settings, number)
+        except (FileNotFoundError, ValueError):
+            numbers.append(number)
+    return numbers
+
+
+def _write_index(folder: Path, settings: dict[str, Any]) -> None:
+    shards = []
+    for number in range(count_shards(settings)):
+        name = shard_name(number)
+        size = (folder / name).stat().st_size
+        shards.append({"file": name, "images": len(shard_items(settings, number)), "bytes": size})
+    with _writing(folder / INDEX):
+        write_text(folder / INDEX, json.dumps({"images": settings["images"], "shards": shards}, indent=1))
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, pixels: Tensor, precision: str = "no") -> Tensor:
+    """Encode images and their mirror images.
+
+    Args:
+        vae: on the device of `pixels`.
+        pixels: uint8 (N, 3, H, W).
+        precision: "no", "bf16" or "fp16".
+
+    Returns:
+        Moments (N, 2, 2C, H/f, W/f), float32.
+    """
+    x = pixels.float() / 127.5 - 1
+    with torch.autocast(pixels.device.type, _AUTOCAST.get(precision), enabled=precision != "no"):
+        both = [vae.encode(view).latent_dist.parameters.float() for view in (x, x.flip(-1))]
+    return torch.stack(both, dim=1)
+
+
+def _write_shards(
+    numbers: list[int],
+    config: ExtractConfig,
+    settings: dict[str, Any],
+    images: Images,
+    vae: AutoencoderKL,
+    bar: Any,
+) -> None:
+    """Encode images and write these shards, one after the other."""
+    # Batches begin anew with each shard, so that they are the same whichever process makes it.
+    batches: dict[int, list[range]] = {}
+    for number in numbers:
+        items = shard_items(settings, number)
+        batches[number] = [
+            items[first : first + config.batch_size] for first in range(0, len(items), config.batch_size)
+        ]
+    loaded = iter(
+        DataLoader(
+            _Crops(images, tuple(settings["image_size"])),
+            batch_sampler=[list(batch) for shard in batches.values() for batch in shard],
+            num_workers=config.workers if numbers else 0,
+            collate_fn=_collate,
+            pin_memory=vae.device.type == "cuda",
+        )
+    )
+    for number, shard in batches.items():
+        moments, labels = [], []
+        for batch in shard:
+            content = next(loaded)
+            if isinstance(content, str):
+                raise ValueError(content)
+            pixels, classes = content
+            found = encode(vae, pixels.to(vae.device), config.precision).to(getattr(torch, config.dtype)).cpu()
+            if not found.isfinite().all():
+                raise ArithmeticError(
+                    f"the moments of images {batch[0]} to {batch[-1]} are not finite with "
+                    f"precision {config.precision} and dtype {config.dtype}"
+                )
+            moments.append(found)
+            labels.append(classes)
+            bar.update(len(batch))
+        path = Path(config.out) / shard_name(number)
+        index = torch.tensor(shard_items(settings, number))
+        with _writing(path):
+            write_tensors(path, {"moments": torch.cat(moments), "labels": torch.cat(labels), "index": index})
+
+
+def extract(config: ExtractConfig) -> dict[str, Any]:
+    """Encode what is missing; return the folder, images, shards, shards written and skipped, and seconds.
+
+    Raises:
+        FileNotFoundError: the data or the VAE cannot be had.
+        ValueError: an option or an image is wrong, or the folder holds features of other settings.
+        OSError: the disk is full; whole shards stay.
+        ArithmeticError: moments are not finite in the precision asked for.
+    """
+    began = time.perf_counter()
+    # Reading images may take one process much longer than the others, which then wait.
+    state = PartialState(cpu=use_cpu(config.device), timeout=timedelta(hours=6))
+    device = state.device if config.device == "auto" else torch.device("cpu")
+    images = open_images(config.data, config.split, image_column=config.image_column, label_column=config.label_column)
+    vae = load_vae(config.vae)
+    settings = _settings(config, images, vae)
+    folder = Path(config.out)
+    _open_folder(folder, settings, state)
+    missing = _missing(folder, settings)
+    # Nobody writes before everybody has looked.
+    state.wait_for_everyone()
+    # Only what is missing is shared out, so that processes end together after an interruption too.
+    own = missing[state.process_index :: state.num_processes]
+    total = sum(len(shard_items(settings, number)) for number in own)
+    title = "images" if state.num_processes == 1 else f"images of process 1 of {state.num_processes}"
+    show = config.progress and state.is_main_process
+    with tqdm(total=total, unit="image", desc=title, disable=not show) as bar:
+        _write_shards(own, config, settings, images, vae.to(device), bar)
+    written = sum(gather_object([len(own)]))
+    if state.is_main_process:
+        _write_index(folder, settings)
+    state.wait_for_everyone()
+    shards = count_shards(settings)
+    return {
+        "folder": str(folder),
+        "images": len(images),
+        "shards": shards,
+        "written": written,
+        "skipped": shards - written,
+        "seconds": round(time.perf_counter() - began, 1),
+    }

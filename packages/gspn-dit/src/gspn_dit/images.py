@@ -1,0 +1,295 @@
+"""Labelled images with random access: scikit-learn's digits, folders, and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+_SYNONYMS = {"val": "validation", "validation": "val"}
+_SPLITS = ("train", "val", "validation", "test")
+# Kinds of the file that says what the labels are, whatever the folders.
+_METADATA = ("csv", "jsonl", "parquet")
+# Taken in this order where several columns would do.
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+class Images(Protocol):
+    """Images with labels: `images[i]` is a Pillow image and the number of its class.
+
+    The fingerprint tells one set of images from another, wherever it is stored.
+    """
+
+    class_names: list[str]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+class _Digits:
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, grey."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.class_names = [str(digit) for digit in range(10)]
+        self._pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        self._labels = digits.target
+        self.fingerprint = hashlib.sha256(self._pixels.tobytes() + self._labels.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self._pixels[index]), int(self._labels[index])
+
+
+class _Table:
+    """Images of a `datasets.Dataset`."""
+
+    def __init__(self, dataset: Any, name: str, image_column: str | None, label_column: str | None) -> None:
+        import datasets
+
+        if not len(dataset):
+            raise ValueError(f"there are no images in {name!r}")
+        self._name = name
+        self._image_column = _image_column(dataset.features, name, image_column)
+        self._label_column = _label_column(dataset.features, name, label_column)
+        columns = dataset.select_columns([self._image_column, self._label_column])
+        # Left encoded, so that an image which cannot be read can be named.
+        self._dataset = columns.cast_column(self._image_column, datasets.Image(decode=False))
+        self._decode = datasets.Image().decode_example
+        labels, files = self._read_columns()
+        names = getattr(dataset.features[self._label_column], "names", None)
+        if names is None:
+            names = range(1 + max((label for label in labels if label is not None), default=0))
+        self.class_names = [str(name) for name in names]
+        for index, label in enumerate(labels):
+            if label is None or not 0 <= label < len(self.class_names):
+                raise ValueError(
+                    f"labels must be from 0 to {len(self.class_names) - 1}, got {label} for image {index} of {name!r}"
+                )
+        self.fingerprint = hashlib.sha256(json.dumps([self.class_names, labels, files]).encode()).hexdigest()
+
+    def _read_columns(self) -> tuple[list[int | None], list[tuple[str, int | None]]]:
+        """Return all labels, and of all images the file's name and the bytes stored in the table."""
+        import pyarrow.compute as arrow  # type: ignore[import-untyped]
+
+        labels: list[int | None] = []
+        files: list[tuple[str, int | None]] = []
+        for table in self._dataset.with_format("arrow").iter(10_000):
+            labels += table[self._label_column].to_pylist()
+            for images in table[self._image_column].chunks:
+                paths = arrow.struct_field(images, "path").to_pylist()
+                sizes = arrow.binary_length(arrow.struct_field(images, "bytes")).to_pylist()
+                files += [(os.path.basename(path or ""), size) for path, size in zip(paths, sizes, strict=True)]
+        return labels, files
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        row = self._dataset[index]
+        stored = row[self._image_column]
+        try:
+            if stored is None:
+                raise ValueError("there is none")
+            # Pillow would leave the file of a broken image open.
+            content = stored["bytes"] or Path(stored["path"]).read_bytes()
+            return self._decode({"bytes": content, "path": None}), row[self._label_column]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            path = f" ({stored['path']})" if stored and stored["path"] else ""
+            raise ValueError(f"image {index} of {self._name!r}{path} cannot be read: {reason}") from None
+
+
+def _choose(candidates: Sequence[str], given: str | None, preferred: Sequence[str], title: str, name: str) -> str:
+    """Return the column that was asked for, or the one that suggests itself."""
+    usual = [column for column in preferred if column in candidates]
+    if given is None and (usual or len(candidates) == 1):
+        return (usual or list(candidates))[0]
+    if given is None or given not in candidates:
+        raise ValueError(f"{title} must be one of {', '.join(candidates)} for {name!r}, got {given!r}")
+    return given
+
+
+def _image_column(features: Any, name: str, given: str | None) -> str:
+    import datasets
+
+    found = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not found:
+        raise ValueError(f"{name!r} has no column of images; its columns are {', '.join(features)}")
+    return _choose(found, given, _IMAGE_COLUMNS, "image_column", name)
+
+
+def _label_column(features: Any, name: str, given: str | None) -> str:
+    import datasets
+
+    classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    numbers = [column for column, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
+    # Any column of numbers may be asked for, but only those of some names are taken for labels unasked.
+    found = numbers if given else classes or [column for column in numbers if column in _LABEL_COLUMNS]
+    if not found:
+        raise ValueError(f"the images of {name!r} have no labels; its columns are {', '.join(features)}")
+    return _choose(found, given, _LABEL_COLUMNS, "label_column", name)
+
+
+def _choose_split(splits: Sequence[str], split: str | None, name: str) -> str:
+    wanted = (split, _SYNONYMS.get(split)) if split else ("train", splits[0] if len(splits) == 1 else None)
+    for candidate in wanted:
+        if candidate in splits:
+            return str(candidate)
+    raise ValueError(f"split must be one of {', '.join(splits)} for {name!r}, got {split!r}")
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _class_folder(folder: Path, split: str | None) -> Any:
+    """Open a folder with a folder per class, possibly in folders for splits; None if it is of another kind.
+
+    `datasets` could open these too, but takes a class named "train" for a split, and the files of an unsorted `val/`
+    for a class of that name.
+    """
+    import datasets
+    from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset
+
+    subfolders = _subfolders(folder)
+    if any((place / f"metadata.{kind}").is_file() for place in (folder, *subfolders) for kind in _METADATA):
+        return None
+    splits = {path.name: path for path in subfolders if path.name in _SPLITS and _subfolders(path)}
+    if not splits and all(path.name in _SPLITS for path in subfolders):
+        if any(is_image_file(path.name) for place in (folder, *subfolders) for path in place.iterdir()):
+            raise ValueError(f"the images of {str(folder)!r} have no labels: there must be a folder per class")
+        return None
+    root = splits[_choose_split(list(splits), split, str(folder))] if splits else folder
+    numbers = {path.name: number for number, path in enumerate(_subfolders(root))}
+    samples = make_dataset(str(root), numbers, IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
+        return None
+    if not splits:
+        _choose_split(["train"], split, str(folder))
+    files, labels = zip(*samples, strict=True)
+    empty = sorted(set(range(len(numbers))) - set(labels))
+    if empty:
+        raise ValueError(f"every class folder in {str(root)!r} must have images, got none in {list(numbers)[empty[0]]}")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(numbers))})
+    return datasets.Dataset.from_dict({"image": list(files), "label": list(labels)}, features=features)
+
+
+def _from_disk(folder: Path, split: str | None) -> Any:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets and pyarrow have many kinds of their own
+        raise ValueError(f"the data set in {str(folder)!r} is damaged: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        return found[_choose_split(list(found), split, str(folder))]
+    _choose_split([str(found.split or "train")], split, str(folder))
+    return found
+
+
+@contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetBuildError
+
+    try:
+        yield
+    except OSError as error:
+        hint = (
+            "" if Path(name).is_dir() else ": it is no folder, and the Hub has none of this name or cannot be reached"
+        )
+        raise FileNotFoundError(f"no data set {name!r}{hint} ({str(error).splitlines()[0]})") from error
+    except (ValueError, RuntimeError, DatasetBuildError) as error:
+        raise ValueError(f"cannot open the data set {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _load(name: str, split: str | None) -> Any:
+    """Open what `datasets.load_dataset` knows: a name on the Hub, or a folder of Parquet files and the like."""
+    import datasets
+
+    if split is None or "[" not in split:
+        with _explaining(name):
+            splits = datasets.get_dataset_split_names(name)
+        split = _choose_split(splits, split, name)
+    with _explaining(name):
+        return datasets.load_dataset(name, split=split)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()
+
+
+def open_images(
+    name: str, split: str | None = None, *, image_column: str | None = None, label_column: str | None = None
+) -> Images:
+    """Open labelled images.
+
+    Args:
+        name: "digits"; a folder with a folder per class, or with `train/` and others that have these; a folder written
+            by `datasets.Dataset.save_to_disk`; or whatever `datasets.load_dataset` opens, as a data set of the Hub.
+        split: such as train or validation; None takes train, or the only one. Of the Hub also parts, as "train[:1000]".
+        image_column: column of images; None takes the only one, or `image`.
+        label_column: column of class numbers; None takes the only one, or `label`.
+
+    Raises:
+        FileNotFoundError: there is no such folder or data set.
+        ValueError: there is no such split or column, there are no images or labels, or a label is out of range.
+    """
+    folder = Path(name)
+    if name == "digits":
+        _choose_split(["train"], split, name)
+        return _Digits()
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"no folder {name!r}")
+    with _no_bars():
+        if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            dataset = _from_disk(folder, split)
+        else:
+            dataset = _class_folder(folder, split) if folder.is_dir() else None
+            dataset = _load(name, split) if dataset is None else dataset
+        return _Table(dataset, name, image_column, label_column)
+
+
+def adm_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """Resize so that an image just covers a size, and cut its centre out, as ADM does (Dhariwal & Nichol, 2021).
+
+    It is halved by averaging while it stays at least as large as the size, then resized bicubically.
+
+    Args:
+        image: of any size and mode.
+        size: height and width, or the side of a square.
+
+    Returns:
+        RGB image of that size.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    image = image.convert("RGB")
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
