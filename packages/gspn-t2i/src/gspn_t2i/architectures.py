@@ -1,0 +1,68 @@
+"""The UNets of Stable Diffusion 1.5 and SDXL with random weights: no download, on any device, also meta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+# What differs from diffusers' defaults.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "sample_size": 128,
+    },
+}
+FAMILIES = tuple(_SHAPES)
+
+
+def make_unet(
+    family: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> UNet2DConditionModel:
+    """Build the UNet of "sd15" (860M parameters) or "sdxl" (2,567M), in evaluation mode.
+
+    Raises:
+        ValueError: the family is unknown.
+    """
+    if family not in _SHAPES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    with torch.device(device):
+        unet = UNet2DConditionModel(**_SHAPES[family])
+    return unet.to(dtype).eval().requires_grad_(False)
+
+
+def make_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int = 1) -> dict[str, Any]:
+    """Build what a UNet is called with for an image of height and width in pixels; zeros are as good as any.
+
+    Raises:
+        ValueError: height or width is not a multiple of 8, the autoencoder's factor.
+    """
+    if height % 8 or width % 8:
+        raise ValueError(f"height and width must be multiples of 8, got {height} x {width}")
+    like = next(unet.parameters())
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=like.device, dtype=like.dtype)
+
+    config = unet.config
+    values: dict[str, Any] = {
+        "sample": zeros(batch, config.in_channels, height // 8, width // 8),
+        "timestep": torch.full((batch,), 500, device=like.device),
+        "encoder_hidden_states": zeros(batch, 77, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        values["added_cond_kwargs"] = {"text_embeds": zeros(batch, pooled), "time_ids": zeros(batch, 6)}
+    return values

@@ -1,0 +1,17 @@
+import os
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # at once, where a test names what is not there
+
+import pytest
+import torch
+
+from gspn_t2i import tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", params=tiny.FAMILIES)
+def pipeline_folder(request, tmp_path_factory):
+    """A tiny pipeline of each family. Not to be changed."""
+    return tiny.write(request.param, tmp_path_factory.mktemp("pipelines") / request.param)
