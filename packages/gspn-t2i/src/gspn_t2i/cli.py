@@ -1,6 +1,6 @@
 """The command `gspn-t2i`: generate, benchmark, tiny.
 
-Each takes its options from the command line and from YAML files (`--config`), the later ones first in force. Under
+Each takes its options from the command line and from YAML files (`--config`); what comes later counts. Under
 `torchrun` or `accelerate launch` generate runs in several processes.
 """
 
