@@ -6,7 +6,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -81,6 +81,14 @@ def _arg(t: Tensor | None) -> _TensorArg | None:
     return None if t is None else (t.data_ptr(), t.shape, t.stride())
 
 
+@lru_cache(maxsize=128)
+def _call(dtype: torch.dtype, stochastic: bool, directions: tuple[int, ...], chunk_size: int, threads: int) -> Any:
+    """The options of a call as the extension takes them, made once: every call comes through here."""
+    module = extension()
+    assert isinstance(module, ModuleType)
+    return module.Call(_DTYPE_NAMES[dtype], stochastic, directions, chunk_size, CHECKPOINT_INTERVAL, threads)
+
+
 class Kernels:
     """The compiled kernels on one call's options and device. Arguments are checked by the caller."""
 
@@ -96,8 +104,7 @@ class Kernels:
     ) -> None:
         module = extension()
         assert isinstance(module, ModuleType)
-        threads = torch.get_num_threads()
-        call = module.Call(_DTYPE_NAMES[dtype], stochastic, directions, chunk_size or 0, CHECKPOINT_INTERVAL, threads)
+        call = _call(dtype, stochastic, tuple(directions), chunk_size or 0, torch.get_num_threads())
         self._launch: tuple[Any, ...] = (call,)
         if device.type == "cuda":
             self._launch = (_cuda_launch(module, device), call)

@@ -47,6 +47,8 @@ def distinct_directions(directions: Sequence[str]) -> list[int]:
 
 
 def _check_distinct(directions: Sequence[int]) -> None:
+    if directions == [0, 1, 2, 3]:
+        return  # at once: this runs in every call
     count = len(directions)
     if not 1 <= count <= 4 or len(set(directions)) != count or not all(0 <= d < 4 for d in directions):
         names = [DIRECTIONS[d] if 0 <= d < 4 else d for d in directions]
