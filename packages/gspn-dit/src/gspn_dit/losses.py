@@ -126,22 +126,18 @@ class FlowLoss(nn.Module):
 
     Args:
         timesteps: scale of the model's time.
-        logit_normal: draw s as the sigmoid of a normal number, which stresses the middle, and not uniformly.
 
-    Sources: SiT, arXiv 2401.08740 (linear path, velocity); the logit-normal times are SD3's, arXiv 2403.03206.
+    Source: SiT, arXiv 2401.08740 (linear path, velocity).
     """
 
     learned_variance = False
 
-    def __init__(self, *, timesteps: int = 1000, logit_normal: bool = False) -> None:
+    def __init__(self, *, timesteps: int = 1000) -> None:
         super().__init__()
         self.timesteps = timesteps
-        self.logit_normal = logit_normal
 
     def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw times s: (count,) float32 on the CPU."""
-        if self.logit_normal:
-            return torch.randn(count, generator=generator).sigmoid()
+        """Draw times s, uniform: (count,) float32 on the CPU."""
         return torch.rand(count, generator=generator)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
