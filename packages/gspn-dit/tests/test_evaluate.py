@@ -20,7 +20,7 @@ from gspn_dit import evaluate as module
 from gspn_dit.evaluate import COLUMNS, EvaluateConfig, evaluate, read_labels
 from gspn_dit.extractors import Extractor, Features, build_extractor, convert_channels
 from gspn_dit.metrics import frechet_distance, inception_score, moments, precision_recall
-from gspn_dit.sources import open_images
+from gspn_dit.sources import open_batches
 
 
 def images(count: int = 6, size: int = 9, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -36,7 +36,7 @@ def write_folder(folder: Path, pixels_NHWC: np.ndarray) -> Path:
 
 
 def read_all(source: str | Path, start: int = 0, stop: int | None = None, size: int = 4) -> np.ndarray:
-    opened = open_images(str(source))
+    opened = open_batches(str(source))
     return torch.cat(list(opened.chunks(start, stop or len(opened), size))).numpy()
 
 
@@ -100,7 +100,7 @@ def test_npz_is_read_in_pieces(tmp_path: Path, save, shape: tuple[int, ...]) -> 
     expected = np.load(tmp_path / "a.npz")["arr_0"].reshape(11, 5, 6, -1).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(read_all(tmp_path / "a.npz"), expected)
     np.testing.assert_array_equal(read_all(tmp_path / "a.npz", 3, 10), expected[3:10])
-    sizes = [len(chunk) for chunk in open_images(str(tmp_path / "a.npz")).chunks(3, 10, 4)]
+    sizes = [len(chunk) for chunk in open_batches(str(tmp_path / "a.npz")).chunks(3, 10, 4)]
     assert sizes == [4, 3]
 
 
@@ -118,13 +118,13 @@ def test_digits() -> None:
     pixels = read_all("digits:5:25")
     assert pixels.shape == (20, 1, 8, 8) and pixels.dtype == np.uint8
     assert np.abs(pixels[:, 0] - load_digits().images[5:25] * 255 / 16).max() <= 0.5
-    assert pixels.max() == 255 and len(open_images("digits")) == 1797
+    assert pixels.max() == 255 and len(open_batches("digits")) == 1797
 
 
 @pytest.mark.parametrize("name", ["digits:5", "digits:7:7", "digits:0:1798", "digits:a:b", "digits:0:5:2"])
 def test_digits_refuses(name: str) -> None:
     with pytest.raises(ValueError, match=f"digits:FIRST:END must be .* got {name}"):
-        open_images(name)
+        open_batches(name)
 
 
 def test_damaged_npz(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_damaged_npz(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"a\.npz: is no \.npz, or a damaged one"):
-        open_images(str(path))
+        open_batches(str(path))
     path.write_bytes(whole[:3000] + bytes(64) + whole[3064:])
     with pytest.raises(ValueError, match=r"a\.npz: is no \.npz, or a damaged one"):
         read_all(path)
@@ -146,18 +146,18 @@ def test_damaged_npz(tmp_path: Path) -> None:
 def test_npz_without_images(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=images())
     with pytest.raises(ValueError, match=r"a\.npz: must hold arr_0, got \['images'\]"):
-        open_images(str(tmp_path / "a.npz"))
+        open_batches(str(tmp_path / "a.npz"))
     for wrong in (images() / 255, np.asfortranarray(images()), images(channels=4), images()[:0], np.array([None])):
         np.savez(tmp_path / "a.npz", arr_0=wrong)
         with pytest.raises(ValueError, match="arr_0 must be uint8"):
-            open_images(str(tmp_path / "a.npz"))
+            open_batches(str(tmp_path / "a.npz"))
 
 
 def test_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        open_images(str(tmp_path / "nowhere"))
+        open_batches(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="got none"):
-        open_images(str(tmp_path))
+        open_batches(str(tmp_path))
     folder = write_folder(tmp_path / "folder", images(3))
     Image.new("RGB", (4, 5)).save(folder / "z.png")
     with pytest.raises(ValueError, match=r"z\.png: must be 10 x 9 pixels as 000\.png, got 4 x 5"):
@@ -547,7 +547,7 @@ import torch
 from accelerate import PartialState
 from gspn_dit.evaluate import EvaluateConfig, evaluate
 from gspn_dit.extractors import Extractor, Features, extract
-from gspn_dit.sources import open_images
+from gspn_dit.sources import open_batches
 
 class Sums(Extractor):
     def forward(self, images):
@@ -558,7 +558,7 @@ state = PartialState()
 assert state.num_processes == 2
 assert bool(found) == state.is_main_process
 
-samples = open_images(sys.argv[2])
+samples = open_batches(sys.argv[2])
 (pixels,) = samples.chunks(0, 5, 5)
 for count in (1, 2, 3, 5):  # of one image, the second process has none
     found = extract(Sums(), samples, count, {"pool"}, 2, state, state.device)

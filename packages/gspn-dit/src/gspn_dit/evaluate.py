@@ -20,7 +20,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from .config import use_cpu
-from .extractors import Extractor, Images, build_extractor, extract
+from .extractors import Batches, Extractor, build_extractor, extract
 from .files import write_text
 from .metrics import (
     Moments,
@@ -32,7 +32,7 @@ from .metrics import (
     moments,
     precision_recall,
 )
-from .sources import open_images, open_reference
+from .sources import open_batches, open_reference
 
 Metric = Literal["fid", "sfid", "inception_score", "precision", "recall", "accuracy"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -161,7 +161,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {unknown or 'none'}")
     if config.csv is not None:
         append_row(Path(config.csv), None)  # refuses before the work
-    samples = open_images(config.samples)
+    samples = open_batches(config.samples)
     if len(samples) < 2:
         raise ValueError(f"samples: {config.samples} must hold at least 2 images, got {len(samples)}")
     labels = None if config.labels is None else read_labels(config.labels, len(samples))
@@ -192,7 +192,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         reference_fields.add("pool")
         reference_count = max(reference_count, near)
 
-    def features_of(images: Images, count: int, fields: set[str], title: str) -> dict[str, Tensor]:
+    def features_of(images: Batches, count: int, fields: set[str], title: str) -> dict[str, Tensor]:
         bar = title if config.progress and state.is_main_process else None
         return extract(extractor, images, count, fields, config.batch_size, state, device, bar)
 
@@ -245,7 +245,7 @@ def _figures(
 def _computable(
     metrics: Sequence[str],
     extractor: Extractor,
-    references: Images | None,
+    references: Batches | None,
     statistics: Mapping[str, Moments],
     labels: Tensor | None,
     *,

@@ -42,8 +42,8 @@ class Extractor(nn.Module):
     classes: int
 
 
-class Images(Protocol):
-    """Images of one size."""
+class Batches(Protocol):
+    """Images of one size, read batch by batch."""
 
     def __len__(self) -> int:
         """Their number."""
@@ -245,7 +245,7 @@ def build_extractor(
 @torch.inference_mode()
 def extract(
     extractor: Extractor,
-    images: Images,
+    images: Batches,
     count: int,
     fields: Collection[str],
     batch_size: int,

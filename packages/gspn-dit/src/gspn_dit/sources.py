@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from numpy.lib import format as npy
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 
-from .extractors import Images
+from .extractors import Batches
+from .images import open_images
 from .metrics import Moments
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -131,7 +131,7 @@ class FolderImages:
             raise ValueError(f"{file}: cannot be read as an image ({error})") from error
 
 
-def open_images(source: str) -> Images:
+def open_batches(source: str) -> Batches:
     """Open `digits`, `digits:FIRST:END`, an .npz with `arr_0` or a folder of PNG and JPEG files.
 
     Raises:
@@ -139,7 +139,7 @@ def open_images(source: str) -> Images:
         ValueError: it holds no images.
     """
     if source.partition(":")[0] == "digits":
-        images = load_digits().images  # (1797, 8, 8), values from 0 to 16
+        images = open_images("digits")
         first, end = 0, len(images)
         if source != "digits":
             try:
@@ -148,7 +148,8 @@ def open_images(source: str) -> Images:
                 first = end
             if not 0 <= first < end <= len(images):
                 raise ValueError(f"digits:FIRST:END must be 0 <= FIRST < END <= {len(images)}, got {source}")
-        return TensorImages(torch.from_numpy((images[first:end] * 255 / 16).round().astype(np.uint8))[:, None])
+        pixels_NHW = np.stack([np.asarray(images[index][0]) for index in range(first, end)])
+        return TensorImages(torch.from_numpy(pixels_NHW)[:, None])
     path = Path(source)
     if path.is_dir():
         return FolderImages(path)
@@ -157,8 +158,8 @@ def open_images(source: str) -> Images:
     return NpzImages(path)
 
 
-def open_reference(source: str, *, inception: bool) -> tuple[Images | None, dict[str, Moments]]:
-    """Open references as `open_images`, and for Inception the statistics that an .npz holds for `fid` and `sfid`.
+def open_reference(source: str, *, inception: bool) -> tuple[Batches | None, dict[str, Moments]]:
+    """Open references as `open_batches`, and for Inception the statistics that an .npz holds for `fid` and `sfid`.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -167,7 +168,7 @@ def open_reference(source: str, *, inception: bool) -> tuple[Images | None, dict
     statistics: dict[str, Moments] = {}
     path = Path(source)
     if not inception or not path.is_file():
-        return open_images(source), statistics
+        return open_batches(source), statistics
     with _open_npz(path) as archive:
         keys = _keys(archive)
         for metric, names in {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}.items():
