@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .adapter import GSPNAdapter
+from .files import save_png, write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Pixels from which the autoencoder works in tiles, unless asked otherwise: beyond SDXL's own size.
@@ -139,16 +139,6 @@ def explaining_memory(config: GenerateConfig) -> Iterator[None]:
         raise MemoryError(f"out of memory; what saves some: {advice} ({str(error).splitlines()[0]})") from error
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG so that no half of one ever stands at its path."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class Generation:
     """A folder of images of prompts: opened, continued and finished.
 
@@ -196,9 +186,7 @@ class Generation:
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
-            temporary = record.with_name(f".{record.name}.tmp")
-            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-            os.replace(temporary, record)
+            write_text(record, json.dumps(settings, indent=1))
         self.state.wait_for_everyone()
 
     def _draw(self, index: int) -> Image.Image:
