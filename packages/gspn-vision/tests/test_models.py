@@ -67,15 +67,17 @@ def test_every_model_on_meta(name):
     assert sorted(chain(*groups.values())) == sorted(key for key, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["gspn_tiny", "gspn2_tiny"])
-def test_a_published_model_runs(name):
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_half_precision_of_the_published_models(name):
+    """Deep enough for errors to grow, and for activations to leave float16 if the initialisation lets them."""
     model = make(name, num_classes=10).eval()
+    x = images(2, 3, 64, 96)
     with torch.inference_mode():
-        y = model(images(1, 3, 64, 96))
-        narrow = model.bfloat16()(images(1, 3, 64, 96).bfloat16())
-    assert y.shape == (1, 10)
-    assert y.isfinite().all()
-    torch.testing.assert_close(narrow.float(), y, rtol=0.1, atol=0.1)
+        y = model(x)
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = model.to(dtype)(x.to(dtype)).float()
+            assert (narrow - y).norm() < 0.04 * y.norm()
+            model.float()
 
 
 @pytest.mark.parametrize("name", MODELS)

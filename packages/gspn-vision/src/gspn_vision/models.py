@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from gspn_core import SpatialPropagation
 
-from .blocks import Block, Stage
+from .blocks import Block, LocalPerception, Stage
 
 __all__ = [
     "Gspn",
@@ -157,9 +157,12 @@ class Gspn(nn.Module):
         """Initialise every layer.
 
         Convolutions keep the variance, so that gates see inputs of unit variance whatever the width; the classifier
-        starts small, so that the first predictions are near uniform.
+        starts small, so that the first predictions are near uniform. Local perception units start near the identity:
+        they stand on the residual stream itself, and two a block that keep the variance of what they add would double
+        the stream with every block, beyond float16 in a deep model.
         """
         propagation: set[nn.Module] = set()
+        local = {module.conv for module in self.modules() if isinstance(module, LocalPerception)}
         for module in self.modules():
             if isinstance(module, SpatialPropagation):
                 module.reset_parameters()
@@ -171,7 +174,7 @@ class Gspn(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.Conv2d, nn.Linear)) and module not in propagation:
                 fan_in = module.weight[0].numel()
-                std = 0.02 if isinstance(module, nn.Linear) else fan_in**-0.5
+                std = 0.02 if isinstance(module, nn.Linear) or module in local else fan_in**-0.5
                 trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
