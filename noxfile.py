@@ -128,6 +128,12 @@ def demo_dit(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def demo_t2i(session: nox.Session) -> None:
+    """Train a tiny Stable Diffusion on digits, distil it into GSPN-2, draw, enlarge and measure; to demo-t2i-output."""
+    session.run(_shared(session), "-m", "gspn_t2i.demo", "--out", "demo-t2i-output", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
 def test(session: nox.Session) -> None:
     """Run the tests of every package and of tools, or of those named after --."""
     names = _named(session, [*PACKAGES, "tools"])

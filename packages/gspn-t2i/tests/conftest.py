@@ -1,5 +1,7 @@
 import os
 
+# Waiting threads that spin slow each other down many times on a machine that does something else too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # at once, where a test names what is not there
 

@@ -8,8 +8,19 @@ from diffusers import DiffusionPipeline
 from gspn_t2i import cli
 
 OPTIONS = {
-    "generate": "adapter config device dtype guidance height images_per_prompt negative_prompt offload out pipeline "
-    "progress prompt prompt_file seed steps vae_tiling width",
+    "distill": "accumulate adapter batch_size bottleneck cache caption_dropout checkpoint_every chunk_size clip_grad "
+    "config data device ema_decay ema_warmup feature_weight gradient_checkpointing image_column init keep_attention "
+    "keep_checkpoints log_every lr lr_schedule mirror mixer noise_weight out pipeline precision progress proxy resume "
+    "sample_every sample_guidance sample_prompts sample_steps seed size snr_gamma split steps teacher_weight "
+    "tensorboard text_column warmup_steps weight_decay workers",
+    "generate": "adapter batch_size config device dtype guidance height images_per_prompt negative_prompt offload out "
+    "pipeline progress prompt prompt_file seed steps vae_tiling width",
+    "upscale": "adapter chunked_feed_forward config cosine_scale_1 cosine_scale_2 demofusion device dilated "
+    "dilated_batch dtype guidance height image layerwise_casting memory negative_prompt offload out pipeline progress "
+    "prompt scale seed sigma skip_residual split_guidance steps steps_from_4k strengths target vae_tiling width",
+    "evaluate": "adapter allow_missing batch_size caption_seed captions clip_config clip_model clip_pretrained config "
+    "count device dtype guidance height images inception_weights metric_batch_size metrics negative_prompt offload "
+    "out pipeline prefix progress reference resolution save_reference seed steps vae_tiling width",
     "benchmark": "batch chunk_size config device dtype family json measure_up_to mixers plot progress repeats sizes",
     "tiny": "config family out seed",
 }

@@ -57,6 +57,34 @@ def test_a_folder(pipeline_folder, adapter_folder, tmp_path):
         generate.generate(GenerateConfig(**{**vars(made), "seed": 1}))
 
 
+def test_batches(pipeline_folder, tmp_path, monkeypatch):
+    options = {"prompt": ["a five", "a nine", "a one"], "images_per_prompt": 2, "negative_prompt": "blur", "steps": 1}
+    generate.generate(config(pipeline_folder, tmp_path / "one", **options))
+    made = config(pipeline_folder, tmp_path / "out", batch_size=4, **options)
+    save, saved = generate.save_png, []
+
+    def save_three(image, path):
+        if len(saved) == 3:
+            raise OSError("the disk is full")
+        saved.append(path.name)
+        save(image, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "save_png", save_three)
+        with pytest.raises(OSError, match="the disk is full"):
+            generate.generate(made)
+    assert list(images(tmp_path / "out")) == saved == ["000000.png", "000001.png", "000002.png"]
+    (tmp_path / "out" / "000001.png").unlink()
+    assert generate.generate(made)["drawn"] == 4  # images 1, 3, 4 and 5 are one batch
+    for name in images(tmp_path / "one"):
+        with Image.open(tmp_path / "one" / name) as one, Image.open(tmp_path / "out" / name) as other:
+            # In another batch a level may round otherwise.
+            assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    # Another batch size continues the folder.
+    (tmp_path / "out" / "000005.png").unlink()
+    assert generate.generate(config(pipeline_folder, tmp_path / "out", batch_size=3, **options))["drawn"] == 1
+
+
 def test_two_processes_draw_what_one_does(pipeline_folder, tmp_path):
     generate.generate(config(pipeline_folder, tmp_path / "one", images_per_prompt=3))
     file = tmp_path / "options.yaml"
@@ -113,13 +141,20 @@ def test_an_empty_prompt_file(pipeline_folder, tmp_path):
         generate.generate(config(pipeline_folder, tmp_path / "out", prompt_file=str(tmp_path / "empty.txt")))
 
 
-def test_out_of_memory_says_what_helps(pipeline_folder, tmp_path, monkeypatch):
-    made = generate.Generation(config(pipeline_folder, tmp_path / "out"))
+@pytest.mark.parametrize(
+    "options,advice",
+    [
+        ({}, "dtype bfloat16, vae_tiling on, offload model"),
+        ({"batch_size": 2, "vae_tiling": "on"}, "batch_size 1, dtype bfloat16, offload model"),
+    ],
+)
+def test_out_of_memory_says_what_helps(pipeline_folder, tmp_path, monkeypatch, options, advice):
+    made = generate.Generation(config(pipeline_folder, tmp_path / "out", **options))
 
     def draw(*arguments, **options):
         raise torch.OutOfMemoryError("tried to allocate much")
 
     monkeypatch.setattr(type(made.pipeline), "__call__", draw)
-    with pytest.raises(MemoryError, match="what saves some: dtype bfloat16, vae_tiling on, offload model"):
+    with pytest.raises(MemoryError, match=f"what saves some: {advice} "):
         made.run()
     assert not images(tmp_path / "out")

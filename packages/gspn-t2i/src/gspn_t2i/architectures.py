@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 # What differs from diffusers' defaults.
-_SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
     "sdxl": {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -25,7 +25,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "sample_size": 128,
     },
 }
-FAMILIES = tuple(_SHAPES)
+FAMILIES = tuple(SHAPES)
 
 
 def make_unet(
@@ -36,10 +36,10 @@ def make_unet(
     Raises:
         ValueError: the family is unknown.
     """
-    if family not in _SHAPES:
+    if family not in SHAPES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     with torch.device(device):
-        unet = UNet2DConditionModel(**_SHAPES[family])
+        unet = UNet2DConditionModel(**SHAPES[family])
     return unet.to(dtype).eval().requires_grad_(False)
 
 

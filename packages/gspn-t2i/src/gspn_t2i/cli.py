@@ -1,7 +1,7 @@
-"""The command `gspn-t2i`: generate, benchmark, tiny.
+"""The command `gspn-t2i`: distill, generate, upscale, evaluate, benchmark, tiny.
 
 Each takes its options from the command line and from YAML files (`--config`); what comes later counts. Under
-`torchrun` or `accelerate launch` generate runs in several processes.
+`torchrun` or `accelerate launch` distill, generate and evaluate run in several processes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from . import __version__
-from .benchmark import BenchmarkConfig, benchmark
-from .generate import GenerateConfig, generate
-from .tiny import write
+from .config import DistillConfig, find, parser_of
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -36,50 +34,67 @@ class TinyConfig:
     seed: int = 0
 
 
-_COMMANDS: dict[str, tuple[type[Any], str]] = {
-    "generate": (GenerateConfig, "draw images of prompts, or continue drawing them"),
-    "benchmark": (BenchmarkConfig, "measure and count a UNet's step with softmax attention, GSPN-1 and GSPN-2"),
-    "tiny": (TinyConfig, "build a complete tiny pipeline with random weights, without a download"),
-}
+def _tiny(config: TinyConfig) -> dict[str, Any]:
+    from .tiny import write
+
+    return {"folder": str(write(config.family, config.out, seed=config.seed))}
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="gspn-t2i", description=__doc__)
+def _commands() -> dict[str, tuple[type[Any], Callable[[Any], Any], str]]:
+    from .benchmark import BenchmarkConfig, benchmark
+    from .distill import distill
+    from .evaluate import EvaluateConfig, evaluate
+    from .generate import GenerateConfig, generate
+    from .upscale import UpscaleConfig, upscale
+
+    compare = "measure and count a UNet's step with softmax attention, GSPN-1 and GSPN-2"
+    return {
+        "distill": (DistillConfig, distill, "teach mixers to stand in for a UNet's self-attentions, or continue to"),
+        "generate": (GenerateConfig, generate, "draw images of prompts, or continue drawing them"),
+        "upscale": (UpscaleConfig, upscale, "enlarge an image step by step, by image-to-image"),
+        "evaluate": (EvaluateConfig, evaluate, "draw images of captions and measure FID and CLIP-T"),
+        "benchmark": (BenchmarkConfig, benchmark, compare),
+        "tiny": (TinyConfig, _tiny, "build a complete tiny pipeline with random weights, without a download"),
+    }
+
+
+def _parser(commands: dict[str, tuple[type[Any], Callable[[Any], Any], str]]) -> ArgumentParser:
+    parser = ArgumentParser(prog="gspn-t2i", description=__doc__, exit_on_error=True)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subcommands = parser.add_subcommands(dest="command")
-    for name, (kind, help) in _COMMANDS.items():
-        command = ArgumentParser(description=help)
-        command.add_argument("--config", action="config", help="YAML file of options; repeatable")
-        command.add_class_arguments(kind)
-        subcommands.add_subcommand(name, command, help=help)
+    for name, (kind, _, help) in commands.items():
+        subcommands.add_subcommand(name, parser_of(kind, help), help=help)
     return parser
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """Let options be written with hyphens, and shipped configurations be named without their path."""
+    words = [re.sub(r"^--[a-z][\w-]*", lambda match: "--" + match[0][2:].replace("-", "_"), word) for word in argv]
+    for place, word in enumerate(words):
+        if word == "--config" and place + 1 < len(words):
+            words[place + 1] = find(words[place + 1])
+        elif word.startswith("--config="):
+            words[place] = f"--config={find(word.removeprefix('--config='))}"
+    return words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after an error of the user's, or 1 if the work itself went wrong."""
-    # Options may be written with hyphens.
-    words = [
-        re.sub(r"^--[a-z][\w-]*", lambda match: "--" + match[0][2:].replace("-", "_"), word)
-        for word in (sys.argv[1:] if argv is None else argv)
-    ]
+    commands = _commands()
     try:
-        arguments = _parser().parse_args(words)
-        kind, _ = _COMMANDS[arguments.command]
+        arguments = _parser(commands).parse_args(_words(sys.argv[1:] if argv is None else argv))
+        kind, run, _ = commands[arguments.command]
         values = arguments[arguments.command]
-        config = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
-        if isinstance(config, BenchmarkConfig):
-            benchmark(config)
-        elif isinstance(config, TinyConfig):
-            print(write(config.family, config.out, seed=config.seed))
-        else:
-            from accelerate import PartialState
-
-            summary = generate(config)
-            if PartialState().is_main_process:
-                print(json.dumps(summary))
+        summary = run(kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)}))
     except (ValueError, OSError, ImportError, ArithmeticError, MemoryError) as error:
+        # An error in a loader process comes with its traceback; its own line is the last.
         print(f"gspn-t2i: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1 if isinstance(error, (ArithmeticError, MemoryError)) else 2
+    from accelerate.state import PartialState
+
+    # The benchmark prints its table itself.
+    if arguments.command != "benchmark" and PartialState().is_main_process:
+        print(json.dumps(summary))
     return 0
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ class GenerateConfig:
         steps: of the sampler
         guidance: scale of classifier-free guidance
         seed: image i is drawn with seed + i
+        batch_size: images per forward pass; another one may change the last bits
         dtype: of weights and activations
         vae_tiling: decode in tiles, to save memory; auto does from 1024x1024 pixels on
         offload: keep on the accelerator only what computes, to save memory
@@ -63,6 +64,7 @@ class GenerateConfig:
     steps: PositiveInt = 50
     guidance: NonNegativeFloat = 7.5
     seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     vae_tiling: Literal["auto", "on", "off"] = "auto"
     offload: Literal["none", "model", "sequential"] = "none"
@@ -123,6 +125,13 @@ def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
     return pipeline
 
 
+def own_size(pipeline: Any) -> tuple[int, int]:
+    """Return the height and width in pixels that a pipeline is made for."""
+    size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * factor, width * factor
+
+
 @contextmanager
 def explaining_memory(config: GenerateConfig) -> Iterator[None]:
     """Turn running out of memory into an error that says what saves some."""
@@ -130,6 +139,7 @@ def explaining_memory(config: GenerateConfig) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         savers = [
+            ("batch_size 1", config.batch_size > 1),
             ("dtype bfloat16", config.dtype == "float32"),
             ("vae_tiling on", config.vae_tiling != "on"),
             ("offload model", config.offload == "none"),
@@ -157,8 +167,8 @@ class Generation:
         if config.offload != "none" and self.device.type == "cpu":
             raise ValueError(f"offload needs an accelerator to be useful, got {config.offload!r} on the CPU")
         self.pipeline = load_pipeline(config.pipeline, config.adapter, DTYPES[config.dtype])
-        own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-        self.size = (config.height or own, config.width or own)
+        height, width = own_size(self.pipeline)
+        self.size = (config.height or height, config.width or width)
         tiled = config.vae_tiling == "on" or (config.vae_tiling == "auto" and self.size[0] * self.size[1] >= TILED_FROM)
         if tiled:
             self.pipeline.vae.enable_tiling()
@@ -189,21 +199,23 @@ class Generation:
             write_text(record, json.dumps(settings, indent=1))
         self.state.wait_for_everyone()
 
-    def _draw(self, index: int) -> Image.Image:
+    def _draw(self, indices: Sequence[int]) -> list[Image.Image]:
         height, width = self.size
-        # On the CPU, so that an image is the same on every device as far as arithmetic is.
-        generator = torch.Generator().manual_seed(self.config.seed + index)
+        # On the CPU, so that an image is the same on every device as far as arithmetic is; and one for each image, so
+        # that it does not depend on the others of its batch.
+        generators = [torch.Generator().manual_seed(self.config.seed + index) for index in indices]
+        negative = self.config.negative_prompt
         with explaining_memory(self.config), torch.inference_mode():
-            image: Image.Image = self.pipeline(
-                self.prompts[index // self.config.images_per_prompt],
-                negative_prompt=self.config.negative_prompt,
+            images: list[Image.Image] = self.pipeline(
+                [self.prompts[index // self.config.images_per_prompt] for index in indices],
+                negative_prompt=None if negative is None else [negative] * len(indices),
                 height=height,
                 width=width,
                 num_inference_steps=self.config.steps,
                 guidance_scale=self.config.guidance,
-                generator=generator,
-            ).images[0]
-        return image
+                generator=generators,
+            ).images
+        return images
 
     def run(self) -> dict[str, Any]:
         """Draw what is missing; return the folder, images, how many were drawn now, seconds and peak memory.
@@ -220,9 +232,11 @@ class Generation:
         missing = [index for index in own if not (self.out / f"{index:06d}.png").is_file()]
         show = self.config.progress and self.state.is_main_process
         with tqdm(total=len(own), initial=len(own) - len(missing), unit="image", disable=not show) as bar:
-            for index in missing:
-                save_png(self._draw(index), self.out / f"{index:06d}.png")
-                bar.update()
+            for first in range(0, len(missing), self.config.batch_size):
+                batch = missing[first : first + self.config.batch_size]
+                for index, image in zip(batch, self._draw(batch), strict=True):
+                    save_png(image, self.out / f"{index:06d}.png")
+                    bar.update()
         self.state.wait_for_everyone()
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         seconds = time.perf_counter() - began

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +23,62 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-FAMILIES = ("sd15", "sdxl")
+from .architectures import FAMILIES, SHAPES
 
-_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def make_tokenizer(folder: Path, *, pad: str | None = None) -> Any:
-    """Write and open a CLIP tokenizer of the 256 byte symbols and two merges.
+def make_tokenizer(folder: Path, *, pad: str | None = None, words: Sequence[str] = ("the",), length: int = 77) -> Any:
+    """Write and open a CLIP tokenizer of the 256 byte symbols and the merges that make some words one token each.
 
     Args:
         folder: for its files.
         pad: padding token of its own, as SDXL's second tokenizer has ("!!!"); None pads with the end token.
+        words: of one token.
+        length: of a caption in tokens, at most.
+
+    Raises:
+        ValueError: the merges of one word are in the way of another.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     symbols = sorted(ByteLevel.alphabet())
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols), "th", "the</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    merges = []
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for end in range(2, len(pieces) + 1):
+            merge = ("".join(pieces[: end - 1]), pieces[end - 1])
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append("".join(merge))
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {word: place for place, word in enumerate(words)}
+    vocabulary = {token: place for place, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=77)
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=length)
+    for word in words:
+        if len(tokenizer(word).input_ids) != 3:
+            raise ValueError(f"words must be such that each becomes one token, {word!r} does not")
     if pad is not None:
         tokenizer.add_special_tokens({"pad_token": pad})
     return tokenizer
 
 
-def _text_encoder(tokenizer: Any, width: int, *, projection: bool) -> Any:
+def make_text_encoder(tokenizer: Any, width: int, *, projection: bool = False, layers: int = 3) -> Any:
+    """Build a CLIP text encoder for a tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=77,
+        max_position_embeddings=tokenizer.model_max_length,
         projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -67,15 +87,15 @@ def _text_encoder(tokenizer: Any, width: int, *, projection: bool) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def make_vae() -> AutoencoderKL:
-    """Build an autoencoder of factor 8 with four latent channels."""
+def make_vae(channels: Sequence[int] = (8, 8, 8, 8), groups: int = 4) -> AutoencoderKL:
+    """Build an autoencoder with four latent channels; every level but the last halves height and width."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
         layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=64,
+        norm_num_groups=groups,
+        sample_size=8 * 2 ** (len(channels) - 1),
         latent_channels=4,
     ).eval()
 
@@ -90,19 +110,15 @@ def make_unet(family: str, **changes: Any) -> UNet2DConditionModel:
     Raises:
         ValueError: the family is unknown.
     """
-    shape: dict[str, Any] = {"norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
+    shape: dict[str, Any] = {**SHAPES.get(family, {}), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
     if family == "sd15":
-        shape |= {"block_out_channels": (16, 32, 32, 32), "attention_head_dim": 8, "cross_attention_dim": 32}
+        shape |= {"block_out_channels": (16, 32, 32, 32), "cross_attention_dim": 32}
     elif family == "sdxl":
         shape |= {
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "block_out_channels": (16, 32, 32),
             "attention_head_dim": (2, 4, 4),
             "transformer_layers_per_block": (1, 2, 2),
             "cross_attention_dim": 64,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 40 + 6 * 8,
         }
@@ -129,10 +145,10 @@ def build(family: str, *, seed: int = 0) -> DiffusionPipeline:
             if family == "sd15":
                 return StableDiffusionPipeline(
                     vae=vae,
-                    text_encoder=_text_encoder(tokenizer, 32, projection=False),
+                    text_encoder=make_text_encoder(tokenizer, 32),
                     tokenizer=tokenizer,
                     unet=unet,
-                    scheduler=DDIMScheduler(**_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+                    scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
                     safety_checker=None,
                     feature_extractor=None,
                     requires_safety_checker=False,
@@ -140,12 +156,12 @@ def build(family: str, *, seed: int = 0) -> DiffusionPipeline:
             second = make_tokenizer(Path(folder) / "tokenizer_2", pad="!!!")
             return StableDiffusionXLPipeline(
                 vae=vae,
-                text_encoder=_text_encoder(tokenizer, 24, projection=False),
-                text_encoder_2=_text_encoder(second, 40, projection=True),
+                text_encoder=make_text_encoder(tokenizer, 24),
+                text_encoder_2=make_text_encoder(second, 40, projection=True),
                 tokenizer=tokenizer,
                 tokenizer_2=second,
                 unet=unet,
-                scheduler=EulerDiscreteScheduler(**_BETAS, steps_offset=1),
+                scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1),
                 add_watermarker=False,
             )
 

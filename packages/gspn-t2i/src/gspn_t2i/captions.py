@@ -1,0 +1,210 @@
+"""Images with captions, with random access: folders, WebDataset shards and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+METADATA = "metadata.jsonl"
+# Taken in this order where several columns would do.
+_TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "json.caption", "json.text")
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+
+
+class Captioned:
+    """Images with captions: `captioned[i]` is a Pillow image and its caption, the first where there are several.
+
+    The fingerprint tells one set from another, wherever it is stored.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        name: for messages.
+        image_column, text_column: None takes the only one, or one of the usual names; `json.caption` is the entry
+            `caption` of a column `json`.
+
+    Raises:
+        ValueError: there is no image, no such column, or an image without a caption.
+    """
+
+    def __init__(self, dataset: Any, name: str, image_column: str | None, text_column: str | None) -> None:
+        import datasets
+
+        if not len(dataset):
+            raise ValueError(f"there are no images in {name!r}")
+        self._name = name
+        images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        self._image = _choose(images, image_column, _IMAGE_COLUMNS, "image_column", name)
+        self._text = _choose(_text_columns(dataset.features), text_column, _TEXT_COLUMNS, "text_column", name)
+        columns = dataset.select_columns([self._image, self._text.partition(".")[0]])
+        # Left encoded, so that an image which cannot be read can be named.
+        self._dataset = columns.cast_column(self._image, datasets.Image(decode=False))
+        self._decode = datasets.Image().decode_example
+        self.captions = [self._caption(index, value) for index, value in enumerate(self._texts())]
+        self.fingerprint = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
+
+    def _texts(self) -> Iterator[Any]:
+        column, _, entry = self._text.partition(".")
+        for value in self._dataset[column]:
+            yield (value or {}).get(entry) if entry else value
+
+    def _caption(self, index: int, value: Any) -> str:
+        caption = value[0] if isinstance(value, list) and value else value
+        if not isinstance(caption, str):
+            raise ValueError(f"every image must have a caption, image {index} of {self._name!r} has {value!r}")
+        return caption
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        stored = self._dataset[index][self._image]
+        try:
+            if stored is None:
+                raise ValueError("there is none")
+            # Pillow would leave the file of a broken image open.
+            content = stored["bytes"] or Path(stored["path"]).read_bytes()
+            return self._decode({"bytes": content, "path": None}), self.captions[index]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            path = f" ({stored['path']})" if stored and stored["path"] else ""
+            raise ValueError(f"image {index} of {self._name!r}{path} cannot be read: {reason}") from None
+
+
+def _text_columns(features: Any) -> list[str]:
+    """Return columns of strings or lists of strings, entries of structures as `column.entry`."""
+    found = []
+    for column, feature in features.items():
+        entries = feature.items() if isinstance(feature, dict) else [("", feature)]
+        for entry, kind in entries:
+            kind = getattr(kind, "feature", kind)
+            if getattr(kind, "dtype", None) == "string":
+                found.append(f"{column}.{entry}" if entry else column)
+    return found
+
+
+def _choose(candidates: Sequence[str], given: str | None, preferred: Sequence[str], title: str, name: str) -> str:
+    """Return the column that was asked for, or the one that suggests itself."""
+    usual = [column for column in preferred if column in candidates]
+    if given is None and (usual or len(candidates) == 1):
+        return (usual or list(candidates))[0]
+    if given is None or given not in candidates:
+        known = ", ".join(candidates) or "absent: there is none"
+        raise ValueError(f"{title} must be one of {known} for {name!r}, got {given!r}")
+    return given
+
+
+def _read_metadata(folder: Path) -> Any:
+    """Open a folder of images with `metadata.jsonl`: objects with `file_name`, a caption and whatever else.
+
+    Raises:
+        ValueError: a line is no such object, or names an image that is not there.
+    """
+    import datasets
+
+    rows = []
+    path = folder / METADATA
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            file = row.pop("file_name")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"line {number} of {path} must be an object with file_name, got {line[:80]!r}") from None
+        if not (folder / file).is_file():
+            raise ValueError(f"line {number} of {path} has a caption without an image: there is no {file!r}")
+        rows.append({"image": str(folder / file), **row})
+    if not rows:
+        raise ValueError(f"{path} must have a line per image, is empty")
+    keys = set().union(*rows)
+    table = datasets.Dataset.from_list([{key: row.get(key) for key in sorted(keys)} for row in rows])
+    return table.cast_column("image", datasets.Image())
+
+
+def _load(name: str, split: str | None) -> Any:
+    import datasets
+
+    folder = Path(name)
+    shards = sorted(map(str, folder.parent.glob(folder.name) if name.endswith(".tar") else folder.glob("*.tar")))
+    if name.endswith(".tar") and not shards:
+        raise FileNotFoundError(f"no WebDataset shards {name!r}")
+    if shards:
+        return datasets.load_dataset("webdataset", data_files={"train": shards}, split=split or "train")
+    if (folder / METADATA).is_file():
+        return _read_metadata(folder)
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        found = datasets.load_from_disk(str(folder))
+        if not isinstance(found, datasets.DatasetDict):
+            return found
+        if (split or "train") not in found:
+            raise ValueError(f"split must be one of {', '.join(found)}, got {split!r}")
+        return found[split or "train"]
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"no folder {name!r}")
+    return datasets.load_dataset(name, split=split or "train")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()
+
+
+def open_captioned(
+    name: str, split: str | None = None, *, image_column: str | None = None, text_column: str | None = None
+) -> Captioned:
+    """Open images with captions.
+
+    Args:
+        name: a folder of images with `metadata.jsonl`, WebDataset shards (a folder of `.tar` files, or a pattern such
+            as `shards/*.tar`), a folder written by `datasets.Dataset.save_to_disk`, or whatever `datasets.load_dataset`
+            opens, as a data set of the Hub.
+        split: train if absent; of the Hub also parts, as "train[:1000]".
+        image_column, text_column: as of `Captioned`.
+
+    Raises:
+        FileNotFoundError: there is no such folder or data set.
+        ValueError: there are no images or captions, a caption has no image, or a column or split does not exist.
+    """
+    from datasets.exceptions import DatasetBuildError
+
+    try:
+        with _no_bars():
+            dataset = _load(name, split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no data set {name!r}: {str(error).splitlines()[0]}") from error
+    except (ConnectionError, OSError) as error:
+        raise FileNotFoundError(f"the data set {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, DatasetBuildError) as error:
+        raise ValueError(f"cannot open the data set {name!r}: {str(error).splitlines()[0]}") from error
+    return Captioned(dataset, name, image_column, text_column)
+
+
+def crop(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
+    """Resize so that an image just covers a height and width, and cut its centre out.
+
+    Returns:
+        The RGB image, and what SDXL is told: original height and width, top and left of the cut in the resized image,
+        height and width of the cut.
+    """
+    height, width = size
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    original = (image.height, image.width)
+    scale = max(width / image.width, height / image.height)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(covering, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)), (*original, top, left, height, width)

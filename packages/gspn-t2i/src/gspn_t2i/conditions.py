@@ -1,0 +1,269 @@
+"""What the frozen parts of a pipeline make of images and captions: at once, or stored and read again.
+
+    cache/
+      settings.json                 what was encoded and how, written first
+      shard-00000.safetensors       moments, states, pooled, sizes of some images
+      index.json                    written last
+
+Moments are means and log-variances of the autoencoder's posterior, of an image and, where training mirrors, of its
+mirror image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .captions import Captioned, crop
+from .files import replacing, write_text
+
+FORMAT = "gspn-t2i cache 1"
+SETTINGS = "settings.json"
+INDEX = "index.json"
+SHARD = 256  # images
+
+
+class Embeddings(NamedTuple):
+    """Of captions."""
+
+    states: Tensor  # (N, L, E)
+    pooled: Tensor | None  # (N, P), of SDXL
+
+
+class Frozen:
+    """A pipeline's autoencoder and text encoders, at work.
+
+    Args:
+        pipeline: of Stable Diffusion 1.5, 2.x or SDXL; its parts must be on the device already.
+        device: of inputs and results.
+    """
+
+    def __init__(self, pipeline: Any, device: torch.device) -> None:
+        self.pipeline, self.device = pipeline, device
+        self.two_encoders = getattr(pipeline, "text_encoder_2", None) is not None
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights of all encoders."""
+        digest = hashlib.sha256()
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            module: nn.Module | None = getattr(self.pipeline, name, None)
+            for key, value in sorted(module.state_dict().items()) if module is not None else ():
+                digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Return means and log-variances (N, 2C, h, w), float32, of uint8 images (N, 3, H, W)."""
+        vae = self.pipeline.vae
+        images = pixels.to(device=self.device, dtype=vae.dtype) / 127.5 - 1
+        distribution = vae.encode(images).latent_dist
+        return torch.cat((distribution.mean, distribution.logvar), dim=1).float()
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Return scaled latents (N, C, h, w) drawn from the posterior by noise of that shape."""
+        config = self.pipeline.vae.config
+        mean, log_variance = moments.chunk(2, dim=1)
+        x = mean + (0.5 * log_variance).exp() * noise
+        return (x - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    @torch.no_grad()
+    def embed(self, captions: Sequence[str]) -> Embeddings:
+        """Return what the text encoders say of captions, as the pipeline itself asks them."""
+        options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        found = self.pipeline.encode_prompt(prompt=list(captions), **options)
+        return Embeddings(found[0], found[2] if self.two_encoders else None)
+
+    def unconditional(self) -> Embeddings:
+        """Return the embeddings of no caption, N = 1, which guidance compares with."""
+        empty = self.embed([""])
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
+            return Embeddings(torch.zeros_like(empty.states), pooled)
+        return empty
+
+
+class Item(NamedTuple):
+    """A training image as it is loaded: pixels and a caption, or what was made of them."""
+
+    image: Tensor  # (3, H, W) uint8, or moments (M, 2C, h, w) with M = 2 if there is a mirror image
+    caption: str | Embeddings
+    size: Tensor  # (6,) float32, as of `captions.crop`
+
+
+class Batch(NamedTuple):
+    """What the UNet is trained on."""
+
+    latents: Tensor  # (N, C, h, w) float32
+    embeddings: Embeddings
+    sizes: Tensor  # (N, 6) float32
+
+
+def collate(items: list[Item]) -> Any:
+    """Stack items; captions stay a list."""
+    captions: Any = [item.caption for item in items]
+    if not isinstance(captions[0], str):
+        pooled = None if captions[0].pooled is None else torch.stack([c.pooled for c in captions])
+        captions = Embeddings(torch.stack([c.states for c in captions]), pooled)
+    return torch.stack([item.image for item in items]), captions, torch.stack([item.size for item in items])
+
+
+class Pixels(Dataset[Item]):
+    """Images and captions, encoded anew in every batch.
+
+    Args:
+        captioned: images.
+        size: height and width that they are resized and cut to.
+    """
+
+    def __init__(self, captioned: Captioned, size: tuple[int, int]) -> None:
+        self.captioned, self.size = captioned, size
+
+    def __len__(self) -> int:
+        return len(self.captioned)
+
+    def __getitem__(self, index: int) -> Item:
+        image, caption = self.captioned[index]
+        image, size = crop(image, self.size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return Item(pixels, caption, torch.tensor(size, dtype=torch.float32))
+
+    def encode(self, loaded: Any, frozen: Frozen, mirrored: Tensor, noise: Tensor) -> Batch:
+        """Return a collated batch as the UNet is given it; images where `mirrored` (N,) is set are flipped."""
+        pixels, captions, sizes = loaded
+        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        moments = frozen.moments(pixels)
+        latents = frozen.latents(moments, noise.to(moments.device))
+        return Batch(latents, frozen.embed(captions), sizes.to(frozen.device))
+
+
+class Encoded(Dataset[Item]):
+    """What `encode` stored.
+
+    Args:
+        folder: of the cache.
+
+    Raises:
+        FileNotFoundError: there is none, it is not finished, or a shard is missing.
+        ValueError: a shard is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        for name in (SETTINGS, INDEX):
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"no finished cache in {str(folder)!r}: there is no {name}")
+        self.settings = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+        self._shards: dict[int, Any] = {}
+        for number in range(_shards(self.settings)):
+            self._open(number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}  # each loading process opens its own
+
+    def _open(self, number: int) -> Any:
+        if number not in self._shards:
+            path = self.folder / _shard_name(number)
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; encode again into another folder")
+            try:
+                self._shards[number] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged: {error}; remove it and {INDEX} to encode it again") from None
+        return self._shards[number]
+
+    def __len__(self) -> int:
+        return int(self.settings["images"])
+
+    def __getitem__(self, index: int) -> Item:
+        shard, row = self._open(index // SHARD), index % SHARD
+        values = {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118, no mapping
+        return Item(values["moments"], Embeddings(values["states"], values.get("pooled")), values["sizes"])
+
+    def encode(self, loaded: Any, frozen: Frozen, mirrored: Tensor, noise: Tensor) -> Batch:
+        """As of `Pixels`."""
+        device = frozen.device
+        stored, (states, pooled), sizes = loaded
+        moments = stored[torch.arange(len(stored)), mirrored.long()].to(device)
+        embeddings = Embeddings(states.to(device), None if pooled is None else pooled.to(device))
+        return Batch(frozen.latents(moments, noise.to(device)), embeddings, sizes.to(device))
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _shards(settings: dict[str, Any]) -> int:
+    return -(-int(settings["images"]) // SHARD)
+
+
+def encode(
+    pixels: Pixels, frozen: Frozen, folder: str | Path, *, mirror: bool, batch_size: int, progress: bool = True
+) -> Encoded:
+    """Store what a pipeline makes of all images and captions, or continue to, and open it; every process takes shards.
+
+    Raises:
+        ValueError: the folder holds something else.
+        OSError: the disk is full or not writable; whole shards stay.
+    """
+    folder = Path(folder)
+    state = PartialState()
+    settings = {
+        "format": FORMAT,
+        "images": len(pixels),
+        "captions": pixels.captioned.fingerprint,
+        "size": list(pixels.size),
+        "mirror": mirror,
+        "encoders": frozen.fingerprint(),
+    }
+    record = folder / SETTINGS
+    if record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise ValueError(f"{folder} holds another cache: {key} was {before.get(key)!r}, is {value!r}")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(record, json.dumps(settings, indent=1))
+    state.wait_for_everyone()
+    own = range(state.process_index, _shards(settings), state.num_processes)
+    for number in tqdm(own, "encode", unit="shard", disable=not (progress and state.is_main_process)):
+        path = folder / _shard_name(number)
+        if not path.is_file():
+            _write_shard(
+                path, pixels, frozen, range(number * SHARD, min((number + 1) * SHARD, len(pixels))), mirror, batch_size
+            )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_text(folder / INDEX, json.dumps({"shards": _shards(settings)}))
+    state.wait_for_everyone()
+    return Encoded(folder)
+
+
+def _write_shard(path: Path, pixels: Pixels, frozen: Frozen, items: range, mirror: bool, batch_size: int) -> None:
+    parts: dict[str, list[Tensor]] = {"moments": [], "states": [], "pooled": [], "sizes": []}
+    for first in range(items.start, items.stop, batch_size):
+        loaded = [pixels[index] for index in range(first, min(first + batch_size, items.stop))]
+        images, captions, sizes = collate(loaded)
+        sides = [frozen.moments(images)] + ([frozen.moments(images.flip(-1))] if mirror else [])
+        embeddings = frozen.embed(captions)
+        parts["moments"].append(torch.stack(sides, dim=1).cpu())
+        parts["states"].append(embeddings.states.cpu())
+        if embeddings.pooled is not None:
+            parts["pooled"].append(embeddings.pooled.cpu())
+        parts["sizes"].append(sizes)
+    with replacing(path) as temporary:
+        save_file({name: torch.cat(values).contiguous() for name, values in parts.items() if values}, temporary)

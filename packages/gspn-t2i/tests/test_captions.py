@@ -1,0 +1,159 @@
+"""Images with captions: where they come from, how they are cut, and what is stored of them."""
+
+import io
+import json
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from gspn_t2i.captions import crop, open_captioned
+from gspn_t2i.conditions import INDEX, Encoded, Frozen, Pixels, collate, encode
+
+CAPTIONS = ["a temple", "a flower"]
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Two photographs, 427 x 640."""
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def write_folder(folder, photographs, rows=None):
+    folder.mkdir()
+    for index, image in enumerate(photographs):
+        image.save(folder / f"{index}.png")
+    rows = rows or [{"file_name": f"{index}.png", "text": text} for index, text in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def add(archive, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def write_shards(folder, photographs, *, as_json):
+    folder.mkdir()
+    for index, image in enumerate(photographs):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        with tarfile.open(folder / f"{index:03d}.tar", "w") as archive:
+            add(archive, f"{index}.png", buffer.getvalue())
+            if as_json:
+                add(archive, f"{index}.json", json.dumps({"caption": CAPTIONS[index], "score": 1}).encode())
+            else:
+                add(archive, f"{index}.txt", CAPTIONS[index].encode())
+    return folder
+
+
+def read(captioned):
+    return [(np.asarray(image), caption) for image, caption in (captioned[index] for index in range(len(captioned)))]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "pattern", "shards with json", "saved", "parquet"])
+def test_kinds(kind, photographs, tmp_path):
+    options = {}
+    if kind == "folder":
+        name = write_folder(tmp_path / "data", photographs)
+    elif kind in ("shards", "pattern", "shards with json"):
+        name = write_shards(tmp_path / "data", photographs, as_json=kind == "shards with json")
+        name = name / "*.tar" if kind == "pattern" else name
+    else:
+        columns = {"picture": photographs, "captions": [[text, "another"] for text in CAPTIONS]}
+        table = datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image())
+        (tmp_path / "data").mkdir()
+        name = tmp_path / "data"
+        if kind == "saved":
+            table.save_to_disk(name)
+        else:
+            table.to_parquet(name / "train.parquet")
+            options = {"text_column": "captions"}
+    found = read(open_captioned(str(name), **options))
+    assert [caption for _, caption in found] == CAPTIONS
+    for (pixels, _), image in zip(found, photographs, strict=True):
+        assert (pixels == np.asarray(image)).all()
+
+
+def test_folder_without_images_or_captions(photographs, tmp_path):
+    rows = [{"file_name": "0.png", "text": "a"}, {"file_name": "7.png", "text": "b"}]
+    folder = write_folder(tmp_path / "data", photographs, rows)
+    with pytest.raises(ValueError, match=r"line 2 of .* has a caption without an image: there is no '7.png'"):
+        open_captioned(str(folder))
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": "b"}\n')
+    with pytest.raises(ValueError, match=r"every image must have a caption, image 0 of .* has None"):
+        open_captioned(str(folder))
+    (folder / "metadata.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .* must be an object with file_name"):
+        open_captioned(str(folder))
+    (folder / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="must have a line per image, is empty"):
+        open_captioned(str(folder))
+
+
+def test_what_there_is_not(photographs, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no WebDataset shards '.*\*.tar'"):
+        open_captioned(str(tmp_path / "*.tar"))
+    with pytest.raises(FileNotFoundError, match=r"cannot be had|no data set 'no-such/set'"):
+        open_captioned("no-such/set")
+    folder = write_folder(tmp_path / "data", photographs)
+    (folder / "1.png").write_bytes(b"no image")
+    captioned = open_captioned(str(folder))
+    with pytest.raises(ValueError, match=r"image 1 of .*1.png\) cannot be read: not an image"):
+        captioned[1]
+    with pytest.raises(ValueError, match=r"image_column must be one of image for .*, got 'photo'"):
+        open_captioned(str(folder), image_column="photo")
+
+
+@pytest.mark.parametrize("size,expected", [((32, 32), (427, 640, 0, 8, 32, 32)), ((48, 96), (427, 640, 8, 0, 48, 96))])
+def test_crop(photographs, size, expected):
+    cut, sizes = crop(photographs[0], size)
+    assert (cut.height, cut.width) == size
+    assert sizes == expected
+    # The centre of the cut is that of the photograph.
+    scale = max(size[0] / 427, size[1] / 640)
+    whole = photographs[0].resize((round(640 * scale), round(427 * scale)), Image.Resampling.LANCZOS)
+    top, left = expected[2:4]
+    assert (np.asarray(cut) == np.asarray(whole)[top : top + size[0], left : left + size[1]]).all()
+
+
+@pytest.fixture
+def frozen(pipeline_folder):
+    return Frozen(DiffusionPipeline.from_pretrained(pipeline_folder), torch.device("cpu"))
+
+
+def test_cache(frozen, photographs, tmp_path):
+    """What is stored is what would be computed; what is missing is encoded again, what is there is not."""
+    pixels = Pixels(open_captioned(str(write_folder(tmp_path / "data", photographs))), (48, 64))
+    options = {"mirror": True, "batch_size": 2, "progress": False}
+    stored = encode(pixels, frozen, tmp_path / "cache", **options)
+    mirrored, noise = torch.tensor([False, True]), torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    now = pixels.encode(collate([pixels[0], pixels[1]]), frozen, mirrored, noise)
+    then = stored.encode(collate([stored[0], stored[1]]), frozen, mirrored, noise)
+    torch.testing.assert_close(then.latents, now.latents)
+    torch.testing.assert_close(then.embeddings.states, now.embeddings.states)
+    assert then.sizes.tolist() == now.sizes.tolist()
+    if frozen.two_encoders:
+        torch.testing.assert_close(then.embeddings.pooled, now.embeddings.pooled)
+    shard = tmp_path / "cache" / "shard-00000.safetensors"
+    written = shard.stat().st_mtime_ns
+    encode(pixels, frozen, tmp_path / "cache", **options)
+    assert shard.stat().st_mtime_ns == written
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-00000.safetensors is missing"):
+        Encoded(tmp_path / "cache")
+    encode(pixels, frozen, tmp_path / "cache", **options)
+    with pytest.raises(ValueError, match=r"holds another cache: size was \[48, 64\], is \[64, 64\]"):
+        encode(Pixels(pixels.captioned, (64, 64)), frozen, tmp_path / "cache", **options)
+    shard.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        Encoded(tmp_path / "cache")
+    (tmp_path / "cache" / INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match="no finished cache"):
+        Encoded(tmp_path / "cache")
