@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 
-from gspn_t2i import GSPNAdapter, SelfAttentionMixer, demofusion, generate, tiny, upscale
+from gspn_t2i import GSPNAdapter, SelfAttentionMixer, demofusion, generate, scaling, tiny, upscale
 from gspn_t2i.demofusion import Predictor, Terms
 from gspn_t2i.upscale import UpscaleConfig
 
@@ -278,22 +278,22 @@ ODD = [(664, 1000), (1336, 2000)]
 
 @pytest.mark.parametrize("image,expected", [((1024, 1024), SQUARE), ((576, 1024), WIDE), ((333, 500), ODD)])
 def test_sizes(image, expected):
-    assert upscale.sizes(image, expected[-1]) == expected
-    assert upscale.sizes((63, 63), (128, 128)) == [(128, 128)]  # twice is the target, but for rounding
+    assert scaling.sizes(image, expected[-1]) == expected
+    assert scaling.sizes((63, 63), (128, 128)) == [(128, 128)]  # twice is the target, but for rounding
 
 
 def test_strengths_and_steps_by_size():
-    made = upscale.plan(config("p", "out", scale=16, steps=50), (512, 512), 512)
+    made = scaling.plan(config("p", "out", scale=16, steps=50), (512, 512), 512)
     assert [step.strength for step in made] == [0.42, 0.32, 0.32, 0.28]
     assert [step.steps for step in made] == [50, 50, 30, 30]
-    made = upscale.plan(config("p", "out", scale=16, steps=50, strengths="2k-16k", dilated=True), (576, 1024), 768)
+    made = scaling.plan(config("p", "out", scale=16, steps=50, strengths="2k-16k", dilated=True), (576, 1024), 768)
     assert [step.strength for step in made] == [0.4, 0.3, 0.2, 0.1]
     assert [step.dilation for step in made] == [2, 4, 8, 16]
 
 
 def test_savers_by_size():
     def chosen(height, width, **changes):
-        made = upscale.savers(UpscaleConfig(pipeline="p", prompt="a", **changes), height, width)
+        made = scaling.savers(UpscaleConfig(pipeline="p", prompt="a", **changes), height, width)
         return (made.vae_tiling, made.split_guidance, made.chunked_feed_forward)
 
     assert chosen(1024, 1024) == (False, False, False)

@@ -7,6 +7,7 @@ Each takes its options from the command line and from YAML files (`--config`); w
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from . import __version__
-from .config import DistillConfig, find, parser_of
+from .config import find, parser_of
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -34,36 +35,37 @@ class TinyConfig:
     seed: int = 0
 
 
-def _tiny(config: TinyConfig) -> dict[str, Any]:
+def tiny(config: TinyConfig) -> dict[str, Any]:
+    """Build and save a pipeline."""
     from .tiny import write
 
     return {"folder": str(write(config.family, config.out, seed=config.seed))}
 
 
-def _commands() -> dict[str, tuple[type[Any], Callable[[Any], Any], str]]:
-    from .benchmark import BenchmarkConfig, benchmark
-    from .distill import distill
-    from .evaluate import EvaluateConfig, evaluate
-    from .generate import GenerateConfig, generate
-    from .upscale import UpscaleConfig, upscale
-
-    compare = "measure and count a UNet's step with softmax attention, GSPN-1 and GSPN-2"
-    return {
-        "distill": (DistillConfig, distill, "teach mixers to stand in for a UNet's self-attentions, or continue to"),
-        "generate": (GenerateConfig, generate, "draw images of prompts, or continue drawing them"),
-        "upscale": (UpscaleConfig, upscale, "enlarge an image step by step, by image-to-image"),
-        "evaluate": (EvaluateConfig, evaluate, "draw images of captions and measure FID and CLIP-T"),
-        "benchmark": (BenchmarkConfig, benchmark, compare),
-        "tiny": (TinyConfig, _tiny, "build a complete tiny pipeline with random weights, without a download"),
-    }
+_COMMANDS = {
+    "distill": "teach mixers to stand in for a UNet's self-attentions, or continue to",
+    "generate": "draw images of prompts, or continue drawing them",
+    "upscale": "enlarge an image step by step, by image-to-image",
+    "evaluate": "draw images of captions and measure FID and CLIP-T",
+    "benchmark": "measure and count a UNet's step with softmax attention, GSPN-1 and GSPN-2",
+    "tiny": "build a complete tiny pipeline with random weights, without a download",
+}
 
 
-def _parser(commands: dict[str, tuple[type[Any], Callable[[Any], Any], str]]) -> ArgumentParser:
+def _load(command: str) -> tuple[type[Any], Callable[[Any], Any]]:
+    """Import a command, and none of the others: some need large libraries."""
+    module = sys.modules[__name__] if command == "tiny" else importlib.import_module(f".{command}", __package__)
+    return getattr(module, f"{command.capitalize()}Config"), getattr(module, command)
+
+
+def _parser(words: Sequence[str]) -> ArgumentParser:
     parser = ArgumentParser(prog="gspn-t2i", description=__doc__, exit_on_error=True)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subcommands = parser.add_subcommands(dest="command")
-    for name, (kind, _, help) in commands.items():
-        subcommands.add_subcommand(name, parser_of(kind, help), help=help)
+    for name, help in _COMMANDS.items():
+        # The options of the command that is given; the others are there for their names.
+        own = parser_of(_load(name)[0], help) if name in words[:1] else ArgumentParser(description=help)
+        subcommands.add_subcommand(name, own, help=help)
     return parser
 
 
@@ -80,10 +82,10 @@ def _words(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after an error of the user's, or 1 if the work itself went wrong."""
-    commands = _commands()
     try:
-        arguments = _parser(commands).parse_args(_words(sys.argv[1:] if argv is None else argv))
-        kind, run, _ = commands[arguments.command]
+        words = _words(sys.argv[1:] if argv is None else argv)
+        arguments = _parser(words).parse_args(words)
+        kind, run = _load(arguments.command)
         values = arguments[arguments.command]
         summary = run(kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)}))
     except (ValueError, OSError, ImportError, ArithmeticError, MemoryError) as error:
