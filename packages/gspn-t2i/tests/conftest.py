@@ -10,7 +10,7 @@ import torch
 
 from gspn_t2i import tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are too small for more
 
 
 @pytest.fixture(scope="session", params=tiny.FAMILIES)

@@ -181,6 +181,7 @@ def test_dropped_captions(pipeline_folder, digits, tmp_path):
         assert torch.equal(batch.embeddings.pooled, given[3].expand(4, -1)) and not given[3].any()
 
 
+@pytest.mark.parametrize("pipeline_folder", ["sd15"], indirect=True)
 def test_it_learns(pipeline_folder, digits, tmp_path):
     changes = {"steps": 80, "batch_size": 8, "lr": 3e-3, "log_every": 20, "caption_dropout": 0.0, "noise_weight": 0.0}
     distill(config(pipeline_folder, digits, tmp_path / "run", **changes, checkpoint_every=80))
@@ -188,6 +189,7 @@ def test_it_learns(pipeline_folder, digits, tmp_path):
     assert float(rows[-1]["feature"]) < 0.5 * float(rows[0]["feature"])
 
 
+@pytest.mark.parametrize("pipeline_folder", ["sd15"], indirect=True)
 def test_continued_after_sigkill(whole, pipeline_folder, digits, tmp_path):
     """Killed at moments that come as they come, also while a checkpoint is written."""
     file = tmp_path / "options.yaml"
@@ -209,6 +211,7 @@ def test_continued_after_sigkill(whole, pipeline_folder, digits, tmp_path):
     assert_same_run(tmp_path / "run", whole[0])
 
 
+@pytest.mark.parametrize("pipeline_folder", ["sdxl"], indirect=True)
 def test_two_processes_equal_one_with_twice_the_batch(whole, pipeline_folder, digits, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump(options(pipeline_folder, digits, tmp_path / "two", batch_size=2)))
@@ -227,6 +230,7 @@ def test_two_processes_equal_one_with_twice_the_batch(whole, pipeline_folder, di
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
 
 
+@pytest.mark.parametrize("pipeline_folder", ["sdxl"], indirect=True)
 def test_bfloat16(whole, pipeline_folder, digits, tmp_path):
     """In a process of its own: accelerate does not let the precision change within one."""
     file = tmp_path / "options.yaml"

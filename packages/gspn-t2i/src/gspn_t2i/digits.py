@@ -25,26 +25,16 @@ from .objective import training_schedule
 from .tiny import BETAS, make_text_encoder, make_tokenizer, make_vae
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-WORDS = ("a", "handwritten", "left", "of", *NAMES)
-SIDE = 32  # of a digit, in pixels
-SIZE = (SIDE, 2 * SIDE)  # of an image: one digit in the middle, or two
-PAIRS = 2000  # images of two digits
-BATCH = 40
+SIZE = (32, 32)  # of an image, in pixels
+BATCH = 64
 
 
 def draw_digits() -> tuple[Tensor, list[str]]:
-    """Return uint8 images (N, 32, 64) of scikit-learn's digits, one in the middle or two side by side, and captions."""
+    """Return scikit-learn's 1,797 digits as uint8 images (N, 32, 32), and captions."""
     data = load_digits()
     small = np.round(data.images * (255 / 16)).astype(np.uint8)
-    digits = np.stack([np.asarray(Image.fromarray(image).resize((SIDE, SIDE))) for image in small])
-    alone = np.zeros((len(digits), *SIZE), np.uint8)
-    alone[:, :, SIDE // 2 : SIDE // 2 + SIDE] = digits
-    captions = [f"a handwritten {NAMES[label]}" for label in data.target]
-    left, right = np.random.default_rng(0).integers(len(digits), size=(2, PAIRS))
-    pairs = np.concatenate((digits[left], digits[right]), axis=2)
-    names = [(NAMES[data.target[first]], NAMES[data.target[second]]) for first, second in zip(left, right, strict=True)]
-    captions += [f"a {first} left of a {second}" for first, second in names]
-    return torch.from_numpy(np.concatenate((alone, pairs))), captions
+    images = np.stack([np.asarray(Image.fromarray(image).resize(SIZE[::-1])) for image in small])
+    return torch.from_numpy(images), [f"a handwritten {NAMES[label]}" for label in data.target]
 
 
 def write_images(folder: Path, images_NHW: Tensor, captions: Sequence[str]) -> None:
@@ -58,10 +48,10 @@ def write_images(folder: Path, images_NHW: Tensor, captions: Sequence[str]) -> N
 
 
 def build_pipeline() -> StableDiffusionPipeline:
-    """Build an untrained pipeline: latents of 8 x 16, a UNet with seven self-attentions, a token for each word."""
+    """Build an untrained pipeline: latents of 8 x 8, a UNet with seven self-attentions, a token for each word."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = make_tokenizer(Path(folder), words=WORDS, length=10)
+        tokenizer = make_tokenizer(Path(folder), words=("a", "handwritten", *NAMES), length=8)
     unet = UNet2DConditionModel(
         sample_size=SIZE[0] // 4,
         block_out_channels=(48, 96),
@@ -107,10 +97,10 @@ def train_vae(vae: Any, images_NHW: Tensor, steps: int) -> None:
         posterior = vae.encode(images).latent_dist
         latents = posterior.sample()
         error = F.mse_loss(vae.decode(latents).sample, images)
-        _descend(error + 1e-3 * posterior.kl().mean() / latents[0].numel(), parameters, optimizer, schedule)
+        _descend(error + 1e-5 * posterior.kl().mean() / latents[0].numel(), parameters, optimizer, schedule)
         bar.set_postfix_str(f"error {error.item():.4f}")
     vae.eval()
-    vae.register_to_config(scaling_factor=1 / encode(vae, images_NHW[:500]).std().item())
+    vae.register_to_config(scaling_factor=1 / encode(vae, images_NHW[:500])[:, :4].std().item())
 
 
 def to_input(images_NHW: Tensor) -> Tensor:
@@ -120,8 +110,9 @@ def to_input(images_NHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: Any, images_NHW: Tensor) -> Tensor:
-    """Return unscaled latents, the posteriors' means."""
-    return torch.cat([vae.encode(to_input(part)).latent_dist.mean for part in images_NHW.split(100)])
+    """Return the posteriors' means and deviations, (N, 8, H / 4, W / 4)."""
+    posteriors = [vae.encode(to_input(part)).latent_dist for part in images_NHW.split(100)]
+    return torch.cat([torch.cat((posterior.mean, posterior.std), dim=1) for posterior in posteriors])
 
 
 def train_teacher(pipeline: Any, images_NHW: Tensor, captions: Sequence[str], steps: int) -> None:
@@ -129,7 +120,7 @@ def train_teacher(pipeline: Any, images_NHW: Tensor, captions: Sequence[str], st
     torch.manual_seed(2)
     unet, text = pipeline.unet.train(), pipeline.text_encoder.train()
     schedule = training_schedule(pipeline.scheduler.config)
-    latents = encode(pipeline.vae, images_NHW) * pipeline.vae.config.scaling_factor
+    means, deviations = (encode(pipeline.vae, images_NHW) * pipeline.vae.config.scaling_factor).chunk(2, dim=1)
 
     def tokens(texts: Sequence[str]) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
@@ -141,11 +132,12 @@ def train_teacher(pipeline: Any, images_NHW: Tensor, captions: Sequence[str], st
     averaged = [parameter.detach().clone() for parameter in parameters]
     optimizer, rates = _one_cycle(parameters, 2e-3, steps)
     for step in (bar := trange(steps, desc="teacher", unit="update")):
-        chosen = torch.randint(len(latents), (BATCH,))
+        chosen = torch.randint(len(means), (BATCH,))
+        latents = means[chosen] + deviations[chosen] * torch.randn(BATCH, *means.shape[1:])
         dropped = torch.rand(BATCH, 1) < 0.1
-        times, noise = torch.randint(1000, (BATCH,)), torch.randn(BATCH, *latents.shape[1:])
+        times, noise = torch.randint(1000, (BATCH,)), torch.randn_like(latents)
         states = text(torch.where(dropped, empty, ids[chosen]))[0]
-        noisy = schedule.add_noise(latents[chosen], noise, times)
+        noisy = schedule.add_noise(latents, noise, times)
         loss = F.mse_loss(unet(noisy, times, encoder_hidden_states=states).sample, noise)
         _descend(loss, parameters, optimizer, rates)
         with torch.no_grad():
