@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from PIL import Image
-from t2i_cases import inputs, sd_unet
+from t2i_cases import UNETS, inputs, sd_unet
 from torch import nn
 from torch.nn import functional as F
 
-from gspn_t2i import GSPNAdapter, architectures, benchmark
+from gspn_t2i import GSPNAdapter, architectures, benchmark, tiny
 from gspn_t2i.benchmark import BenchmarkConfig, parse_size
 from gspn_t2i.counting import count
 
@@ -81,8 +81,13 @@ def test_measured(tmp_path, monkeypatch, capsys):
     def make_unet(family, *, device, dtype):
         return sd_unet().to(device=device, dtype=dtype)
 
+    def make_vae(family, *, device, dtype):
+        return tiny.make_vae().to(device=device, dtype=dtype)
+
     monkeypatch.setattr(architectures, "make_unet", make_unet)
+    monkeypatch.setattr(architectures, "make_vae", make_vae)
     options = {"family": "sd15", "sizes": ("64x128", "128x128"), "measure_up_to": 64 * 128, "repeats": 1}
+    options |= {"generation": True, "steps": 2}
     files = {"json": str(tmp_path / "a.json"), "plot": str(tmp_path / "a.png")}
     rows = benchmark.benchmark(BenchmarkConfig(**options, **files, dtype="float32", progress=False))
     assert [(row.mixer, row.width, row.height, row.seconds is None) for row in rows[:2]] == [
@@ -90,11 +95,36 @@ def test_measured(tmp_path, monkeypatch, capsys):
         ("softmax", 128, 128, True),
     ]
     out = capsys.readouterr().out
-    assert out.count("not run") == 3 and out.count("GiB") == 18 and "gspn2" in out
+    assert out.count("not run") == 6 and out.count("GiB") == 24 and "gspn2" in out
+    assert all((row.generation_seconds is None) == (row.seconds is None) for row in rows)
     saved = json.loads((tmp_path / "a.json").read_text())
     assert len(saved["rows"]) == 6 and saved["versions"]["torch"] == torch.__version__
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 1000
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_whole_image(family, monkeypatch):
+    """Is the steps, with and without the prompt, and the decoding: of one piece, or of tiles side by side."""
+    monkeypatch.setattr(architectures, "make_unet", lambda family, **options: UNETS[family]().to(**options))
+    monkeypatch.setattr(architectures, "make_vae", lambda family, **options: tiny.make_vae().to(**options))
+    sizes = {"family": family, "sizes": ("64x64", "1024x1032"), "mixers": ("softmax",), "measure_up_to": 0}
+    small, large = benchmark.measure(BenchmarkConfig(**sizes, steps=7, dtype="float32", progress=False))
+    vae, latents = tiny.make_vae(), torch.zeros(1, 4, 8, 8)
+    decoding = count(vae, lambda: vae.decode(latents))
+    assert small.generation_flops == 14 * small.flops + decoding.flops
+    most = max(2 * small.activation_bytes, decoding.activation_bytes)
+    weights = small.weight_bytes + decoding.weight_bytes
+    assert small.generation_bytes == pytest.approx(weights + most, rel=0.02)
+    # Tiles of 8 x 8 latents, every six rows and columns of 128 x 129.
+    assert large.generation_flops == 14 * large.flops + 22 * 22 * decoding.flops
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_true_autoencoders(family):
+    vae = architectures.make_vae(family, device="meta")
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+    assert vae.tile_latent_min_size == {"sd15": 64, "sdxl": 128}[family]
 
 
 @pytest.mark.parametrize("size", ["1024", "1024x", "axb", "0x8", "100x64"])

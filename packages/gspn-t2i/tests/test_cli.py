@@ -21,7 +21,8 @@ OPTIONS = {
     "evaluate": "adapter allow_missing batch_size caption_seed captions clip_config clip_model clip_pretrained config "
     "count device dtype guidance height images inception_weights metric_batch_size metrics negative_prompt offload "
     "out pipeline prefix progress reference resolution save_reference seed steps vae_tiling width",
-    "benchmark": "batch chunk_size config device dtype family json measure_up_to mixers plot progress repeats sizes",
+    "benchmark": "batch chunk_size config device dtype family generation json measure_up_to mixers plot progress "
+    "repeats sizes steps",
     "tiny": "config family out seed",
 }
 

@@ -309,6 +309,22 @@ def test_a_loss_that_is_no_number_stops_the_run(pipeline_folder, digits, tmp_pat
         distill(config(pipeline_folder, digits, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("pipeline_folder", ["sd15"], indirect=True)
+def test_out_of_memory_says_what_helps(pipeline_folder, digits, tmp_path, monkeypatch):
+    run = Distiller(config(pipeline_folder, digits, tmp_path / "run"))
+    backward = run.accelerator.backward
+
+    def fail(loss):
+        if run.step == 4:
+            raise torch.OutOfMemoryError("tried to allocate much")
+        backward(loss)
+
+    monkeypatch.setattr(run.accelerator, "backward", fail)
+    advice = "gradient_checkpointing true, precision bf16, a smaller batch_size with more accumulate"
+    with pytest.raises(MemoryError, match=rf"what saves some: {advice}; last checkpoint: .*step-00000003 \(tried"):
+        run.run()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(pipeline_folder, digits, tmp_path, monkeypatch):
     run = Distiller(config(pipeline_folder, digits, tmp_path / "run"))
     save = checkpoint.save_file

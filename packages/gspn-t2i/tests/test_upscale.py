@@ -386,3 +386,9 @@ def test_out_of_memory_says_what_helps(pipeline_folder, tmp_path, monkeypatch):
     with pytest.raises(MemoryError, match=f"what saves some: {savers}"):
         upscale.upscale(config(pipeline_folder, tmp_path / "out", dilated=True))
     assert list(images(tmp_path / "out")) == ["base.png"]
+
+
+def test_several_processes_are_refused(pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="upscale runs in one process, got WORLD_SIZE 2"):
+        upscale.upscale(config(pipeline_folder, tmp_path / "out"))

@@ -1,12 +1,19 @@
-"""The UNets of Stable Diffusion 1.5 and SDXL with random weights: no download, on any device, also meta."""
+"""The UNets and autoencoders of Stable Diffusion 1.5 and SDXL with random weights: no download, on any device."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
 
 # What differs from diffusers' defaults.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -26,6 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(SHAPES)
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def make_unet(
@@ -40,7 +48,34 @@ def make_unet(
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     with torch.device(device):
         unet = UNet2DConditionModel(**SHAPES[family])
-    return unet.to(dtype).eval().requires_grad_(False)
+    nn.Module.to(unet, dtype)  # diffusers' own warns that nothing is left in float32
+    return unet.eval().requires_grad_(False)
+
+
+def make_vae(family: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """Build the autoencoder of a family (84M parameters), in evaluation mode; they differ in the size of a tile."""
+    with torch.device(device):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=8 * SHAPES[family]["sample_size"],
+        )
+    nn.Module.to(vae, dtype)
+    return vae.eval().requires_grad_(False)
+
+
+def make_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL) -> Any:
+    """Put a UNet and an autoencoder into a pipeline that takes embeddings of prompts, having no text encoders."""
+    nothing: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+    if unet.config.addition_embed_type == "text_time":
+        nothing |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
+        scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1)
+        return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **nothing)
+    nothing |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **nothing)
 
 
 def make_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int = 1) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""`benchmark`: one step of a UNet with softmax attention, GSPN-1 and GSPN-2, run where it fits, counted everywhere.
+"""`benchmark`: a UNet with softmax attention, GSPN-1 and GSPN-2, one step and a whole image, run where it fits.
 
 Weights are random and the architectures the true ones, so that nothing is downloaded. Counts (floating-point
 operations, and the memory that weights and activations need) come from a run on the meta device at every size; times
-and peaks from the device, up to `measure_up_to` pixels.
+and peaks from the device, up to `measure_up_to` pixels. A whole image is `steps` steps for a prompt and without, and
+what the autoencoder makes of the result, in tiles from the size on from which `generate` uses them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gspn_core import info
 from . import architectures
 from .adapter import GSPNAdapter
 from .counting import Counts, count
+from .generate import TILED_FROM
 
 MIXERS = ("softmax", "gspn", "gspn2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +48,8 @@ class BenchmarkConfig:
         batch: images; 2 is what guidance needs
         dtype: of weights and activations
         measure_up_to: pixels of the largest size that is run; larger ones are counted only
+        steps: of the sampler for a whole image
+        generation: run whole images too
         repeats: timed steps, of which the median is shown, after one that is not timed
         device: auto takes the accelerator if any
         json: file for the results
@@ -60,6 +64,8 @@ class BenchmarkConfig:
     batch: PositiveInt = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     measure_up_to: NonNegativeInt = 1024 * 1024
+    steps: PositiveInt = 30
+    generation: bool = False
     repeats: PositiveInt = 5
     device: Literal["auto", "cpu"] = "auto"
     json: str | None = None
@@ -98,8 +104,11 @@ class Row:
     flops: int
     weight_bytes: int
     activation_bytes: int
+    generation_flops: int
+    generation_bytes: int  # weights and activations
     seconds: float | None
     peak_bytes: int | None
+    generation_seconds: float | None
     error: str | None
 
 
@@ -118,6 +127,43 @@ def _counted(config: BenchmarkConfig, mixer: str, size: tuple[int, int]) -> Coun
     unet: Any = _with_mixer(config, mixer, "meta")
     inputs = architectures.make_inputs(unet, *size, batch=config.batch)
     return count(unet, lambda: unet(**inputs))
+
+
+def _decoded(config: BenchmarkConfig, size: tuple[int, int]) -> Counts:
+    """Count the autoencoder's decoding, of tiles one after the other for a large image."""
+    vae: Any = architectures.make_vae(config.family, device="meta", dtype=DTYPES[config.dtype])
+    height, width = size[0] // 8, size[1] // 8
+    if size[0] * size[1] < TILED_FROM:
+        latents = torch.empty(config.batch, 4, height, width, device="meta", dtype=DTYPES[config.dtype])
+        return count(vae, lambda: vae.decode(latents))
+    side = vae.tile_latent_min_size
+    stride = int(side * (1 - vae.tile_overlap_factor))
+    tiles = -(-height // stride) * -(-width // stride)
+    tile = count(vae, lambda: vae.decode(torch.empty(config.batch, 4, side, side, device="meta", dtype=vae.dtype)))
+    # Tiles are kept until they are put together.
+    image = 2 * config.batch * 3 * size[0] * size[1] * vae.dtype.itemsize
+    return Counts(tiles * tile.flops, tile.weight_bytes, tile.activation_bytes + image)
+
+
+def _generate(config: BenchmarkConfig, unet: Any, size: tuple[int, int], device: torch.device) -> None:
+    """Draw an image of random weights, as a pipeline does."""
+    vae = architectures.make_vae(config.family, device=device, dtype=DTYPES[config.dtype])
+    pipeline = architectures.make_pipeline(unet, vae)
+    pipeline.set_progress_bar_config(disable=True)
+    if size[0] * size[1] >= TILED_FROM:
+        vae.enable_tiling()
+    given = architectures.make_inputs(unet, *size, batch=config.batch)
+    embeddings = {"prompt_embeds": given["encoder_hidden_states"]}
+    if "added_cond_kwargs" in given:
+        embeddings["pooled_prompt_embeds"] = given["added_cond_kwargs"]["text_embeds"]
+    pipeline(
+        **embeddings,
+        **{f"negative_{name}": value for name, value in embeddings.items()},
+        height=size[0],
+        width=size[1],
+        num_inference_steps=config.steps,
+        output_type="pt",
+    )
 
 
 def _timed(call: Callable[[], Tensor], device: torch.device, repeats: int) -> tuple[float, int | None]:
@@ -166,15 +212,31 @@ def measure(config: BenchmarkConfig) -> list[Row]:
 
 
 def _row(config: BenchmarkConfig, mixer: str, size: tuple[int, int], unet: Any, device: torch.device) -> Row:
-    counts = dataclasses.asdict(_counted(config, mixer, size))
-    seconds, peak, error = None, None, None
+    step, decoded = _counted(config, mixer, size), _decoded(config, size)
+    seconds, peak, generation, error = None, None, None, None
     if size[0] * size[1] <= config.measure_up_to:
         inputs = architectures.make_inputs(unet, *size, batch=config.batch)
         try:
             seconds, peak = _timed(lambda: unet(**inputs).sample, device, config.repeats)
+            if config.generation:
+                started = time.perf_counter()
+                _generate(config, unet, size, device)
+                generation = time.perf_counter() - started
         except (torch.OutOfMemoryError, MemoryError) as reason:
             error = f"out of memory: {str(reason).splitlines()[0]}"
-    return Row(mixer, *size, **counts, seconds=seconds, peak_bytes=peak, error=error)
+    weights = step.weight_bytes + decoded.weight_bytes
+    return Row(
+        mixer,
+        *size,
+        **dataclasses.asdict(step),
+        # Guidance asks for the prompt and without it: twice the batch, to which all but the weights is proportional.
+        generation_flops=2 * config.steps * step.flops + decoded.flops,
+        generation_bytes=weights + max(2 * step.activation_bytes, decoded.activation_bytes),
+        seconds=seconds,
+        peak_bytes=peak,
+        generation_seconds=generation,
+        error=error,
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -193,6 +255,21 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"{row.mixer:8} {row.height:>6} x {row.width:<6} {row.flops / 1e12:11.2f} {fewer:>10} {weights:5.2f} GiB "
             f"{activations:8.2f} GiB {weights + activations:6.2f} GiB {seconds:>9} {faster:>10}"
+        )
+    return "\n".join(lines)
+
+
+def whole_table(rows: Sequence[Row]) -> str:
+    """Lay out what a whole image takes as text."""
+    lines = [f"{'mixer':8} {'height x width':>15} {'TFLOP':>12} {'vs softmax':>10} {'needed':>10} {'seconds':>9}"]
+    softmax = {(row.height, row.width): row for row in rows if row.mixer == "softmax"}
+    for row in rows:
+        other = softmax.get((row.height, row.width))
+        fewer = f"{other.generation_flops / row.generation_flops:.2f}x" if other else "-"
+        seconds = f"{row.generation_seconds:.3g}" if row.generation_seconds else "not run"
+        lines.append(
+            f"{row.mixer:8} {row.height:>6} x {row.width:<6} {row.generation_flops / 1e12:12.2f} {fewer:>10} "
+            f"{row.generation_bytes / 2**30:6.2f} GiB {seconds:>9}"
         )
     return "\n".join(lines)
 
@@ -247,6 +324,8 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
     rows = measure(config)
     print(f"one step of {config.family}'s UNet, {config.dtype}, batch {config.batch}")
     print(table(rows))
+    print(f"a whole image in {config.steps} steps with guidance, decoded")
+    print(whole_table(rows))
     if config.json:
         temporary = Path(f"{config.json}.tmp")
         temporary.write_text(json.dumps(report(config, rows), indent=1), encoding="utf-8")

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
+from .architectures import BETAS
 from .captions import METADATA
 from .files import replacing, replacing_folder, write_text
 from .objective import training_schedule
-from .tiny import BETAS, make_text_encoder, make_tokenizer, make_vae
+from .tiny import make_text_encoder, make_tokenizer, make_vae
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = (32, 32)  # of an image, in pixels

@@ -377,6 +377,8 @@ class Distiller:
             self.log = Log(self.folder, columns, self.step, tensorboard=self.config.tensorboard)
         try:
             loss = self._train()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise MemoryError(self._advice(error)) from error
         finally:
             if main:
                 self.log.close()
@@ -392,6 +394,18 @@ class Distiller:
             "loss": loss,
             "seconds": round(time.perf_counter() - began, 1),
         }
+
+    def _advice(self, error: BaseException) -> str:
+        """Say what saves memory."""
+        config = self.config
+        savers = {
+            "gradient_checkpointing true": not config.gradient_checkpointing,
+            "precision bf16": config.precision == "no",
+            "a smaller batch_size with more accumulate": config.batch_size > 1,
+        }
+        advice = ", ".join(name for name, useful in savers.items() if useful) or "a smaller size"
+        good = checkpoint.latest(self.checkpoints) or "none"
+        return f"out of memory; what saves some: {advice}; last checkpoint: {good} ({str(error).splitlines()[0]})"
 
     def _train(self) -> float:
         config = self.config

@@ -23,9 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from .architectures import FAMILIES, SHAPES
-
-BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+from .architectures import BETAS, FAMILIES, SHAPES
 
 
 def make_tokenizer(folder: Path, *, pad: str | None = None, words: Sequence[str] = ("the",), length: int = 77) -> Any:

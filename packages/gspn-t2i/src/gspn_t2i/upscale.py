@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -72,6 +73,8 @@ class Upscaling:
     def __init__(self, config: UpscaleConfig) -> None:
         self.config = config
         check(config)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"upscale runs in one process, got WORLD_SIZE {os.environ['WORLD_SIZE']}")
         self.given: Image.Image | None = None
         self.digest: str | None = None
         if config.image is not None:
