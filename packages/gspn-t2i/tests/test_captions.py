@@ -149,6 +149,9 @@ def test_cache(frozen, photographs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"shard-00000.safetensors is missing"):
         Encoded(tmp_path / "cache")
     encode(pixels, frozen, tmp_path / "cache", **options)
+    other = write_folder(tmp_path / "other", photographs[::-1])  # other images of the same captions
+    with pytest.raises(ValueError, match="holds another cache: data was"):
+        encode(Pixels(open_captioned(str(other)), (48, 64)), frozen, tmp_path / "cache", **options)
     with pytest.raises(ValueError, match=r"holds another cache: size was \[48, 64\], is \[64, 64\]"):
         encode(Pixels(pixels.captioned, (64, 64)), frozen, tmp_path / "cache", **options)
     shard.write_bytes(b"damaged")

@@ -66,16 +66,22 @@ def make_vae(family: str, *, device: torch.device | str = "cpu", dtype: torch.dt
     return vae.eval().requires_grad_(False)
 
 
-def make_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL) -> Any:
-    """Put a UNet and an autoencoder into a pipeline that takes embeddings of prompts, having no text encoders."""
-    nothing: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+def make_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, **texts: Any) -> Any:
+    """Put a UNet and an autoencoder into a pipeline of the UNet's family, with the sampler of that family.
+
+    Args:
+        unet, vae: of one family.
+        texts: tokenizers and text encoders; a pipeline without them takes embeddings of prompts.
+    """
+    parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
     if unet.config.addition_embed_type == "text_time":
-        nothing |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
-        scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1)
-        return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **nothing)
-    nothing |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
+        return StableDiffusionXLPipeline(
+            vae=vae, unet=unet, scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1), **parts | texts
+        )
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    return StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **nothing)
+    return StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **parts | texts)
 
 
 def make_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int = 1) -> dict[str, Any]:

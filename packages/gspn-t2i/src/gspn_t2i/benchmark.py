@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -30,10 +29,10 @@ from gspn_core import info
 from . import architectures
 from .adapter import GSPNAdapter
 from .counting import Counts, count
-from .generate import TILED_FROM
+from .files import replacing, write_text
+from .generate import DTYPES, TILED_FROM
 
 MIXERS = ("softmax", "gspn", "gspn2")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -313,10 +312,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.grid(True, which="both", alpha=0.2)
     axes[0][0].legend()
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
-    os.replace(temporary, path)
 
 
 def benchmark(config: BenchmarkConfig) -> list[Row]:
@@ -327,9 +325,7 @@ def benchmark(config: BenchmarkConfig) -> list[Row]:
     print(f"a whole image in {config.steps} steps with guidance, decoded")
     print(whole_table(rows))
     if config.json:
-        temporary = Path(f"{config.json}.tmp")
-        temporary.write_text(json.dumps(report(config, rows), indent=1), encoding="utf-8")
-        os.replace(temporary, config.json)
+        write_text(Path(config.json), json.dumps(report(config, rows), indent=1))
     if config.plot:
         plot(rows, Path(config.plot))
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +47,26 @@ class Captioned:
         self._dataset = columns.cast_column(self._image, datasets.Image(decode=False))
         self._decode = datasets.Image().decode_example
         self.captions = [self._caption(index, value) for index, value in enumerate(self._texts())]
-        self.fingerprint = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([self.captions, self._files()]).encode()).hexdigest()
 
     def _texts(self) -> Iterator[Any]:
         column, _, entry = self._text.partition(".")
         for value in self._dataset[column]:
             yield (value or {}).get(entry) if entry else value
+
+    def _files(self) -> list[tuple[str, int]]:
+        """Return the name and the bytes of every image, without reading those that lie in files."""
+        import pyarrow.compute as arrow  # type: ignore[import-untyped]
+
+        found = []
+        for table in self._dataset.with_format("arrow").iter(10_000):
+            for images in table[self._image].chunks:
+                paths = arrow.struct_field(images, "path").to_pylist()
+                sizes = arrow.binary_length(arrow.struct_field(images, "bytes")).to_pylist()
+                for path, size in zip(paths, sizes, strict=True):
+                    stored = os.path.getsize(path) if size is None and path else size or 0
+                    found.append((os.path.basename(path or ""), stored))
+        return found
 
     def _caption(self, index: int, value: Any) -> str:
         caption = value[0] if isinstance(value, list) and value else value

@@ -223,7 +223,7 @@ def encode(
     settings = {
         "format": FORMAT,
         "images": len(pixels),
-        "captions": pixels.captioned.fingerprint,
+        "data": pixels.captioned.fingerprint,
         "size": list(pixels.size),
         "mirror": mirror,
         "encoders": frozen.fingerprint(),

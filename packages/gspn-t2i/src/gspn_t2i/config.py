@@ -128,7 +128,8 @@ class DistillConfig:
         return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
 
 
-# What may differ between a run and its continuation without changing the weights that come out.
+# What may differ between a run and its continuation. batch_size, accumulate and device are what a change of machine
+# needs: an update has as many images as before, but other noise or roundings; the rest leaves the weights as they are.
 FREE_TO_CHANGE = frozenset(
     {"out", "resume", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress"}
     | {"sample_every", "sample_prompts", "sample_steps", "sample_guidance", "batch_size", "accumulate", "device"}

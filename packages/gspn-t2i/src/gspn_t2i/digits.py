@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
-from .architectures import BETAS
+from .architectures import make_pipeline
 from .captions import METADATA
 from .files import replacing, replacing_folder, write_text
 from .objective import training_schedule
@@ -48,7 +48,7 @@ def write_images(folder: Path, images_NHW: Tensor, captions: Sequence[str]) -> N
         (temporary / METADATA).write_text("".join(rows), encoding="utf-8")
 
 
-def build_pipeline() -> StableDiffusionPipeline:
+def build_pipeline() -> Any:
     """Build an untrained pipeline: latents of 8 x 8, a UNet with seven self-attentions, a token for each word."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,16 +63,8 @@ def build_pipeline() -> StableDiffusionPipeline:
         attention_head_dim=4,
         cross_attention_dim=64,
     )
-    return StableDiffusionPipeline(
-        vae=make_vae((16, 32, 32), groups=8),
-        text_encoder=make_text_encoder(tokenizer, 64, layers=2),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    texts = {"tokenizer": tokenizer, "text_encoder": make_text_encoder(tokenizer, 64, layers=2)}
+    return make_pipeline(unet, make_vae((16, 32, 32), groups=8), **texts)
 
 
 def _one_cycle(parameters: Sequence[Tensor], lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:

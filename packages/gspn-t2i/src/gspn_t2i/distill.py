@@ -25,7 +25,7 @@ from .captions import open_captioned
 from .conditions import INDEX, SETTINGS, Batch, Embeddings, Encoded, Frozen, Pixels, collate, encode
 from .config import FREE_TO_CHANGE, DistillConfig, to_dict, to_yaml
 from .files import replacing_folder, save_png, write_text
-from .generate import load_pipeline, use_cpu
+from .generate import load_adapter, load_pipeline, use_cpu
 from .logs import Log
 from .objective import TERMS, Objective, Taps, training_schedule
 from .order import INIT, STEP, Order, derive_seed
@@ -130,10 +130,7 @@ class Distiller:
         config = self.config
         torch.manual_seed(derive_seed(INIT, config.seed))
         if config.adapter is not None:
-            try:
-                return GSPNAdapter.from_pretrained(config.adapter)
-            except OSError as error:
-                raise FileNotFoundError(f"no adapter {config.adapter!r}: {str(error).splitlines()[0]}") from None
+            return load_adapter(config.adapter)
         return GSPNAdapter.for_unet(
             self.teacher,
             mixer=config.mixer,

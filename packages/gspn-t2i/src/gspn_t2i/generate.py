@@ -102,6 +102,18 @@ def use_cpu(device: str) -> bool:
     return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def load_adapter(name: str) -> GSPNAdapter:
+    """Load an adapter.
+
+    Raises:
+        FileNotFoundError: it cannot be had.
+    """
+    try:
+        return GSPNAdapter.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(f"no adapter {name!r}: {str(error).strip().splitlines()[0]}") from None
+
+
 def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
     """Load a pipeline and mount an adapter on its UNet.
 
@@ -116,10 +128,7 @@ def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
     if getattr(pipeline, "unet", None) is None:
         raise ValueError(f"pipeline must have a UNet to mount mixers on, {type(pipeline).__name__} has none")
     if adapter is not None:
-        try:
-            mixers = GSPNAdapter.from_pretrained(adapter)
-        except OSError as error:
-            raise FileNotFoundError(f"no adapter {adapter!r}: {str(error).strip().splitlines()[0]}") from None
+        mixers = load_adapter(adapter)
         mixers.mixers.to(dtype)
         mixers.mount(pipeline.unet)
     return pipeline

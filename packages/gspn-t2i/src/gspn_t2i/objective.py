@@ -104,7 +104,9 @@ class Objective:
         student_features: Mapping[str, Tensor],
         teacher_features: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Return the loss and its unweighted terms, each a scalar, by the names of `TERMS`.
+        """Return the loss and its terms, each a scalar, by the names of `TERMS`.
+
+        The first two terms have the weights of their times in them.
 
         Args:
             student, teacher, target: (N, C, H, W).

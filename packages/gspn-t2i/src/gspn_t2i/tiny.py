@@ -13,17 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
-from .architectures import BETAS, FAMILIES, SHAPES
+from .architectures import FAMILIES, SHAPES, make_pipeline
 
 
 def make_tokenizer(folder: Path, *, pad: str | None = None, words: Sequence[str] = ("the",), length: int = 77) -> Any:
@@ -141,26 +133,15 @@ def build(family: str, *, seed: int = 0) -> DiffusionPipeline:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = make_tokenizer(Path(folder) / "tokenizer")
             if family == "sd15":
-                return StableDiffusionPipeline(
-                    vae=vae,
-                    text_encoder=make_text_encoder(tokenizer, 32),
-                    tokenizer=tokenizer,
-                    unet=unet,
-                    scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-                    safety_checker=None,
-                    feature_extractor=None,
-                    requires_safety_checker=False,
-                )
+                return make_pipeline(unet, vae, tokenizer=tokenizer, text_encoder=make_text_encoder(tokenizer, 32))
             second = make_tokenizer(Path(folder) / "tokenizer_2", pad="!!!")
-            return StableDiffusionXLPipeline(
-                vae=vae,
-                text_encoder=make_text_encoder(tokenizer, 24),
-                text_encoder_2=make_text_encoder(second, 40, projection=True),
+            return make_pipeline(
+                unet,
+                vae,
                 tokenizer=tokenizer,
+                text_encoder=make_text_encoder(tokenizer, 24),
                 tokenizer_2=second,
-                unet=unet,
-                scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1),
-                add_watermarker=False,
+                text_encoder_2=make_text_encoder(second, 40, projection=True),
             )
 
 
