@@ -588,7 +588,7 @@ def test_two_processes_give_the_figures_of_one(classifier: dict, tmp_path: Path)
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert_figures(json.loads((tmp_path / "record.json").read_text()), expected, 1e-4)

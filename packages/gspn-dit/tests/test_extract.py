@@ -22,13 +22,16 @@ from gspn_dit.features import Features
 from gspn_dit.images import _no_bars, _Table, adm_crop, open_images
 
 SCRIPT = """
-import json, sys
+import json, pathlib, sys
 import torch
 from accelerate import PartialState
 from gspn_dit.extract import ExtractConfig, extract
 torch.set_num_threads(1)
 summary = extract(ExtractConfig(**json.loads(sys.argv[1])))
-print(json.dumps({"world": PartialState().num_processes, **summary}))
+state = PartialState()
+# A file each: two processes that print at the same time would mix their lines.
+written = json.dumps({"world": state.num_processes, **summary})
+pathlib.Path(sys.argv[2], f"summary-{state.process_index}.json").write_text(written)
 """
 
 
@@ -210,10 +213,10 @@ def test_killed_and_continued_by_two_processes(tmp_path, vae, photographs, whole
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "script.py"), json.dumps(vars(config))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command += [str(tmp_path / "script.py"), json.dumps(vars(config)), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    summaries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("summary-*.json")]
     assert [(summary["world"], summary["written"], summary["skipped"]) for summary in summaries] == [(2, 2, 1)] * 2
     assert files(tmp_path / "features") == whole
 
