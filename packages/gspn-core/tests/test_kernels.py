@@ -3,6 +3,8 @@
 `nox -s sanitize` runs this file with the kernels built under AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +42,28 @@ def isa(request):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(dtype, size, isa):
     check_propagate(propagate_inputs(2, 3, *size, groups=1, lam=3, u=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [(300, 131), (128, 520)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_planes_of_several_tiles(dtype, size, isa):
+    """Planes that are prefetched, in both orders, with a last tile and a last vector that are not full."""
+    check_propagate(propagate_inputs(1, 2, *size, groups=1, lam=1, u=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("directions", [("left_to_right", "top_to_bottom"), ("right_to_left", "bottom_to_top")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_larger_than_the_caches(dtype, directions, isa):
+    """Such columns are written past the caches; scanning the transposed image does the same sums by rows."""
+    h, w = 512, 1056
+    planes = (1 << 26) // (h * w * dtype.itemsize) + 1  # 64 MiB
+    x = randn(1, 1, h, w, dtype=dtype).expand(1, planes, h, w) * torch.arange(1, planes + 1).view(-1, 1, 1)
+    weights = torch.rand(1, 1, 3, h, w, generator=torch.Generator().manual_seed(0)).to(dtype) / 3
+    x = x.to(dtype)
+    horizontal = line_scan(x, weights, direction=directions[0])
+    vertical = line_scan(x.mT.contiguous(), weights.mT.contiguous(), direction=directions[1])
+    assert horizontal.isfinite().all()
+    assert torch.equal(horizontal, vertical.mT)
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
@@ -144,22 +168,26 @@ def test_weights_of_a_first_line_have_no_effect():
     )
 
 
-def test_missing_neighbours_have_no_effect():
-    x, logits, _, _ = propagate_inputs(1, 1, 8, 9, d=1)
-    poisoned = logits.clone()
-    poisoned[0, 0, 0, 0, :, 0] = poisoned[0, 0, 0, 2, :, -1] = torch.nan
-    for ours, wanted in zip(
-        value_and_gradients(lambda *t: propagate(*t, directions=["top_to_bottom"]), [x, poisoned]),
-        value_and_gradients(lambda *t: propagate(*t, directions=["top_to_bottom"]), [x, logits]),
-        strict=True,
-    ):
-        assert torch.equal(ours, wanted)
-    weights = randn(1, 1, 3, 8, 9)
-    poisoned = weights.clone()
-    poisoned[0, 0, 0, :, 0] = poisoned[0, 0, 2, :, -1] = torch.nan
-    assert torch.equal(
-        line_scan(x, poisoned, direction="top_to_bottom"), line_scan(x, weights, direction="top_to_bottom")
-    )
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 20])
+@pytest.mark.parametrize("direction", ["top_to_bottom", "right_to_left"])
+def test_missing_neighbours_have_no_effect(direction, length, isa):
+    def turned(t):
+        return t if direction == "top_to_bottom" else t.mT.contiguous()
+
+    def scan(*inputs):
+        return propagate(*inputs, directions=[direction])
+
+    x, logits, _, _ = propagate_inputs(1, 1, 8, length, d=1)
+    weights = randn(1, 1, 3, 8, length)
+    for function, clean in ((scan, logits), (partial(line_scan, direction=direction), weights)):
+        poisoned = clean.clone()
+        poisoned[..., 0, :, 0] = poisoned[..., 2, :, -1] = torch.nan
+        for ours, wanted in zip(
+            value_and_gradients(function, [turned(x), turned(poisoned)]),
+            value_and_gradients(function, [turned(x), turned(clean)]),
+            strict=True,
+        ):
+            assert torch.equal(ours, wanted)
 
 
 def test_nan_propagates_along_its_cone():

@@ -224,7 +224,7 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
           for (int64_t t = 0; t < lines; ++t)
             step(p, i0 + t, h_line(t - 1), weights.line(t), x.line(t), lam.line(t), h_line(t), scan.length);
         }
-        RowPrefetcher prefetcher(p, scan, scan.reversed ? -1 : i0 - most_lines, most_lines, sizeof(S));
+        RowPrefetcher prefetcher(p, scan, -most_lines, sizeof(S));
         prefetcher.add(x_plane);
         prefetcher.add(dy_plane);
         if (p.dx) prefetcher.add(scan_plane<const S>(p.dx, scan, n, 0, c));
@@ -232,15 +232,17 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
         A* const v = flowing.get() + (c - c0) * pitch;
         for (int64_t t = lines - 1; t >= 0; --t) {
           const A* const g = g_line(t);
-          prefetcher.run(lines - 1 - t);
+          if (prefetcher.aim(i0 + t)) prefetcher.whole_line();
           adjoint_line(dy.line(t), u.line(t), v, g_line(t), scan.length);
           dlam.add(t, g, x.line(t));
           if (p.du) du.add(t, dy.line(t), h_line(t));
           if (p.dweights) dweights.add(t, g, h_line(t - 1));
           if (starts_chunk(p, i0 + t))
             fill_zero(v, scan.length);
+          else if (p.stochastic)
+            propagate_adjoint_line<false>(g, weights.line(t), v, scan.length);
           else
-            propagate_adjoint_line(g, weights.line(t), v, scan.length);
+            propagate_adjoint_line<true>(g, weights.line(t), v, scan.length);
         }
         if (p.dx)
           dx.add(scan, d, c, span, dx_scratch,

@@ -26,9 +26,9 @@ void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
 
   WeightTile<S, A> weights(p, capacity);
   GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
-  Scratch<A> x_scratch(capacity), out_scratch(capacity + kPad), state(channels * 2 * row);
+  Scratch<A> tile(capacity + kPad), state(channels * 2 * row);  // the tile of x, line by line overwritten by that of h
   SummedPlanes<S, A> y(p, p.y, n, c0, channels);
-  fill_zero(out_scratch.get(), capacity + kPad);
+  fill_zero(tile.get(), capacity + kPad);
 
   for (int d = 0; d < p.D; ++d) {
     const Scan scan = gspn::make_scan(p, d);
@@ -39,10 +39,10 @@ void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
       weights.load(scan, n, d, group, span);
       for (int64_t c = c0; c < c1; ++c) {
         const Plane<const S> x_plane = scan_plane<const S>(p.x, scan, n, 0, c);
-        const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, x_scratch);
+        const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, tile, kPad);
         lam.load(scan, n, d, c, span);
         u.load(scan, n, d, c, span);
-        RowPrefetcher prefetcher(p, scan, scan.reversed ? i0 + most_lines : -1, most_lines, sizeof(S));
+        RowPrefetcher prefetcher(p, scan, sizeof(S) == sizeof(A) ? 1 : most_lines, sizeof(S));
         prefetcher.add(x_plane);
         prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c));
         for (int64_t k = 0; k < 3 && c == c0; ++k) prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
@@ -53,14 +53,16 @@ void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
         A* const checkpoints = p.checkpoints == nullptr ? nullptr
                                                         : static_cast<A*>(p.checkpoints) + (n * p.C + c) * total +
                                                               gspn::checkpoint_offset(p, d);
-        y.add(scan, d, c, span, out_scratch, [&](int64_t t, A* out) {
+        y.add(scan, d, c, span, tile, [&](int64_t t, A* out) {
           const int64_t i = i0 + t;
-          prefetcher.run(t);
           // Where h is the output, the tile of the output serves as state.
           const bool direct = out != nullptr && !p.u;
           const A* const before = direct && t > 0 ? out - span.pitch : state_line(i + 1);
           A* const h = direct ? out : state_line(i);
-          step(p, i, before, weights.line(t), x.line(t), lam.line(t), h, scan.length);
+          if (prefetcher.aim(i))
+            step(p, i, before, weights.line(t), x.line(t), lam.line(t), h, scan.length, prefetcher);
+          else
+            step(p, i, before, weights.line(t), x.line(t), lam.line(t), h, scan.length);
           if (direct) {
             h[scan.length] = A(0);
             if (t == span.lines - 1) load_line(h, state_line(i), scan.length);

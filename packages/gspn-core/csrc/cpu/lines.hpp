@@ -1,4 +1,5 @@
-// The arithmetic of one line, as plain loops over contiguous positions that the compiler vectorises.
+// The arithmetic of one line: plain loops over contiguous positions, which the compiler vectorises, and the recurrence
+// itself in vectors of eight lanes.
 // A line of state h has one readable zero before its first and one after its last position.
 #pragma once
 
@@ -81,37 +82,69 @@ struct Weights {
   const A *a = nullptr, *b = nullptr, *c = nullptr;
 };
 
+// Does nothing at position j of a line. What asks for memory ahead of its use stands in its place.
+struct NothingAhead {
+  GSPN_INLINE void operator()(int64_t) const {}
+};
+
 // h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j]. Row-stochastic weights use the difference form,
 // h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant.
-template <bool kLam, class A>
-void update_line(const A* __restrict h, const Weights<A>& w, const A* __restrict x, const A* __restrict lam,
-                 A* __restrict next, int64_t length) {
-  const A* __restrict a = w.a;
-  const A* __restrict b = w.b;
-  const A* __restrict c = w.c;
-  if (b == nullptr) {
-    for (int64_t j = 0; j < length; ++j) {
-      const A input = kLam ? lam[j] * x[j] : x[j];
-      next[j] = (h[j] + input) + a[j] * (h[j - 1] - h[j]) + c[j] * (h[j + 1] - h[j]);
-    }
-  } else {
-    for (int64_t j = 0; j < length; ++j) {
-      const A input = kLam ? lam[j] * x[j] : x[j];
-      next[j] = a[j] * h[j - 1] + b[j] * h[j] + c[j] * h[j + 1] + input;
-    }
-    // A given weight may be anything, NaN too; beyond the line's ends it has no neighbour to weigh.
-    if (length > 0) {
-      const int64_t last = length - 1;
-      const A first_input = kLam ? lam[0] * x[0] : x[0], last_input = kLam ? lam[last] * x[last] : x[last];
-      next[0] = b[0] * h[0] + (last > 0 ? c[0] * h[1] : A(0)) + first_input;
-      if (last > 0) next[last] = a[last] * h[last - 1] + b[last] * h[last] + last_input;
-    }
+// A given weight may be anything, NaN too; beyond the line's ends it has no neighbour to weigh.
+template <bool kLam, bool kGiven, class A>
+struct LineUpdate {
+  const Weights<A>& w;
+  const A *x, *lam;
+
+  GSPN_INLINE Lanes<A> operator()(int64_t j, Lanes<A> left, Lanes<A> h, Lanes<A> right, bool first, bool last) const {
+    Lanes<A> a = load8(w.a + j), c = load8(w.c + j), input = load8(x + j);
+    if (kLam) input *= load8(lam + j);
+    if (!kGiven) return (h + input) + a * (left - h) + c * (right - h);
+    if (first) a[0] = A(0);
+    if (last) c[kLanes - 1] = A(0);
+    return a * left + load8(w.b + j) * h + c * right + input;
   }
+  GSPN_INLINE A at(int64_t j, const A* h, bool first, bool last) const {
+    const A input = kLam ? lam[j] * x[j] : x[j];
+    if (!kGiven) return (h[j] + input) + w.a[j] * (h[j - 1] - h[j]) + w.c[j] * (h[j + 1] - h[j]);
+    return (first ? A(0) : w.a[j] * h[j - 1]) + w.b[j] * h[j] + (last ? A(0) : w.c[j] * h[j + 1]) + input;
+  }
+};
+
+// next may be x. Neighbours are shuffled out of the vectors of h at j - 8, j and j + 8: to load h[j - 1] where h has
+// just been written in other pieces would wait for these writes to reach the cache, longer than a short line takes.
+template <bool kLam, bool kGiven, class A, class Ahead>
+void update_line(const A* h, const Weights<A>& w, const A* x, const A* lam, A* next, int64_t length,
+                 const Ahead& ahead) {
+  const LineUpdate<kLam, kGiven, A> update{w, x, lam};
+  const int64_t last = length - kLanes;
+  if (last < 0) {
+    for (int64_t j = 0; j < length; ++j) next[j] = update.at(j, h, j == 0, j == length - 1);
+    return;
+  }
+  // Eight does not divide every length: the last eight positions overlap the ones before, and are computed first.
+  const bool overlap = length % kLanes != 0;
+  Lanes<A> end{};
+  if (overlap) end = update(last, load8(h + last - 1), load8(h + last), load8(h + last + 1), false, true);
+  const Lanes<A> beyond{};
+  Lanes<A> left = beyond, here = load8(h);
+  for (int64_t j = 0; j < last; j += kLanes) {
+    ahead(j);
+    const Lanes<A> right = load8(h + j + kLanes);
+    const Lanes<A> before = left_of(left, here), after = right_of(here, right);
+    store8(next + j,
+           j == 0 ? update(j, before, here, after, true, false) : update(j, before, here, after, false, false));
+    left = here;
+    here = right;
+  }
+  ahead(last);
+  if (!overlap) end = update(last, left_of(left, here), here, right_of(here, beyond), last == 0, true);
+  store8(next + last, end);
 }
 
-// The first line of a chunk: h' = lam x, whatever the weights.
+// The first line of a chunk: h' = lam x, whatever the weights. next may be x.
 template <bool kLam, class A>
-void start_line(const A* __restrict x, const A* __restrict lam, A* __restrict next, int64_t length) {
+void start_line(const A* x, const A* lam, A* next, int64_t length) {
+#pragma GCC ivdep
   for (int64_t j = 0; j < length; ++j) next[j] = kLam ? lam[j] * x[j] : x[j];
 }
 
@@ -141,22 +174,45 @@ void adjoint_line(const A* __restrict dy, const A* __restrict u, const A* __rest
   }
 }
 
-// v[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1]: what flows to the previous line.
-template <class A>
-void propagate_adjoint_line(const A* __restrict g, const Weights<A>& w, A* __restrict v, int64_t length) {
-  const A* __restrict a = w.a;
-  const A* __restrict b = w.b;
-  const A* __restrict c = w.c;
-  const int64_t last = length - 1;
-  const auto own = [&](int64_t j) { return b != nullptr ? b[j] : (A(1) - a[j]) - c[j]; };
-  if (length == 0) return;
-  if (b == nullptr) {
-    for (int64_t j = 1; j < last; ++j) v[j] = ((A(1) - a[j]) - c[j]) * g[j] + a[j + 1] * g[j + 1] + c[j - 1] * g[j - 1];
-  } else {
-    for (int64_t j = 1; j < last; ++j) v[j] = b[j] * g[j] + a[j + 1] * g[j + 1] + c[j - 1] * g[j - 1];
+// v[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1]: what flows to the previous line. The products are shuffled to their
+// places, as the neighbours of update_line are.
+template <bool kGiven, class A>
+void propagate_adjoint_line(const A* g, const Weights<A>& w, A* v, int64_t length) {
+  if (length < kLanes) {
+    for (int64_t j = 0; j < length; ++j) {
+      const A own = kGiven ? w.b[j] : (A(1) - w.a[j]) - w.c[j];
+      v[j] = own * g[j] + (j < length - 1 ? w.a[j + 1] * g[j + 1] : A(0)) + (j > 0 ? w.c[j - 1] * g[j - 1] : A(0));
+    }
+    return;
   }
-  v[0] = own(0) * g[0] + (last > 0 ? a[1] * g[1] : A(0));
-  if (last > 0) v[last] = own(last) * g[last] + c[last - 1] * g[last - 1];
+  struct Products {
+    Lanes<A> a, own, c;
+  };
+  const auto products = [&](int64_t j) __attribute__((always_inline)) {
+    const Lanes<A> a = load8(w.a + j), c = load8(w.c + j), here = load8(g + j);
+    const Lanes<A> own = kGiven ? load8(w.b + j) : (A(1) - a) - c;
+    return Products{a * here, own * here, c * here};
+  };
+  const auto sum = [](Lanes<A> left, const Products& here, Lanes<A> right) __attribute__((always_inline)) {
+    return here.own + right_of(here.a, right) + left_of(left, here.c);
+  };
+  const Lanes<A> beyond{};
+  const int64_t last = length - kLanes;
+  Lanes<A> left = beyond;
+  Products here = products(0);
+  int64_t j = 0;
+  for (; j + kLanes <= last; j += kLanes) {
+    const Products right = products(j + kLanes);
+    store8(v + j, sum(left, here, right.a));
+    left = here.c;
+    here = right;
+  }
+  if (j == last) {
+    store8(v + j, sum(left, here, beyond));
+  } else {  // the last eight positions overlap these
+    store8(v + j, sum(left, here, beyond + w.a[j + kLanes] * g[j + kLanes]));
+    store8(v + last, sum(beyond + w.c[last - 1] * g[last - 1], products(last), beyond));
+  }
 }
 
 // sum += a b

@@ -84,24 +84,26 @@ inline Plane<S> scan_plane(const Field& f, const Scan& scan, int64_t n, int64_t 
   return {data, line, position};
 }
 
-constexpr int64_t kPrefetchBytes = 64 * 1024;  // smaller planes stay in the cache between their tiles
+constexpr int64_t kPrefetchBytes = 64 * 1024;       // smaller planes stay in the cache between their tiles
+constexpr int64_t kStreamBytes = 64 * 1024 * 1024;  // larger outputs do not stay in any cache
 
 // The lines [begin, begin + lines) of a scan that are worked on together.
 struct Span {
   int64_t begin, lines;
-  int64_t pitch;  // between lines of scratch
-  int64_t ahead;  // lines from here to the tile that follows, negative in the backward pass; 0: not to be prefetched
+  int64_t pitch;      // between lines of scratch
+  int64_t ahead = 0;  // lines from here to the tile that follows, negative in the backward pass; 0: none follows
+  bool prefetch = false;
 };
 
 inline Span make_span(const Params& p, const Scan& scan, int64_t begin, int64_t step, int64_t pitch, int64_t element) {
   const int64_t next = begin + step, most_lines = step < 0 ? -step : step;
-  const bool prefetch = scan.horizontal && next >= 0 && next < scan.lines && p.H * p.W * element >= kPrefetchBytes;
-  return {begin, min64(most_lines, scan.lines - begin), pitch, prefetch ? step : 0};
+  const bool prefetch = scan.horizontal && p.H * p.W * element >= kPrefetchBytes;
+  return {begin, min64(most_lines, scan.lines - begin), pitch, next >= 0 && next < scan.lines ? step : 0, prefetch};
 }
 
 template <class S>
-inline Plane<S> span_plane(Plane<S> plane, const Span& span) {
-  return plane.from_line(span.begin, span.ahead);
+inline Plane<S> span_plane(const Plane<S>& plane, const Span& span) {
+  return {plane.data + span.begin * plane.line, plane.line, plane.position, span.ahead * plane.line, span.prefetch};
 }
 
 // A span of a plane: the tensor's own memory where it serves as it is, else a converted copy.
@@ -120,38 +122,51 @@ inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t lengt
 // The channel of a field with fewer channels that serves channel c of x.
 inline int64_t shared_channel(const Params& p, const Field& f, int64_t c) { return c / (p.C / f.channels); }
 
-// Asks for the rows of the next tile while the current one is computed, one row of each plane with every line. The
-// processor's own prefetchers follow rows in ascending order, but not in descending order.
+// Asks for the rows of a line ahead while another is computed. The processor's own prefetchers follow rows in ascending
+// order, but not in descending order.
 class RowPrefetcher {
  public:
-  RowPrefetcher(const Params& p, const Scan& scan, int64_t next, int64_t tile_lines, int64_t element)
-      : row_bytes_(scan.length * element), lines_(min64(tile_lines, scan.lines - next)), next_(next) {
-    active_ = !scan.horizontal && p.H * p.W * element >= kPrefetchBytes && next >= 0 && lines_ > 0;
-  }
+  // lead: lines from the one that is computed to the one asked for, negative in the backward pass.
+  RowPrefetcher(const Params& p, const Scan& scan, int64_t lead, int64_t element)
+      : active_(!scan.horizontal && scan.reversed == (lead > 0) && p.H * p.W * element >= kPrefetchBytes),
+        lines_(scan.lines),
+        length_(scan.length),
+        lead_(lead),
+        element_(element) {}
   template <class S>
-  void add(Plane<const S> plane) {
+  void add(const Plane<const S>& plane) {
     if (!active_ || plane.position != 1 || count_ == kMost) return;
-    rows_[count_++] = {reinterpret_cast<const char*>(plane.from_line(next_).data), plane.line * int64_t(sizeof(S))};
+    planes_[count_++] = {reinterpret_cast<const char*>(plane.data), plane.line * int64_t(sizeof(S)), nullptr};
   }
-  // Line t of the next tile. Inlined by force, as prefetch_rows is.
-  GSPN_INLINE void run(int64_t t) const {
-    if (t >= lines_) return;
-    for (int i = 0; i < count_; ++i) {
-      const char* first = rows_[i].data + t * rows_[i].stride;
-      for (int64_t byte = 0; byte < row_bytes_; byte += kCacheLine) __builtin_prefetch(first + byte, 0, 2);
-    }
+  // Tells whether line i has a line ahead of it, and aims at that.
+  bool aim(int64_t i) {
+    const int64_t line = i + lead_;
+    if (count_ == 0 || line < 0 || line >= lines_) return false;
+    for (int k = 0; k < count_; ++k) planes_[k].row = planes_[k].data + line * planes_[k].stride;
+    return true;
+  }
+  // Called with every eighth position, asks for each cache line of the rows once. Inlined by force, as prefetch_rows
+  // is.
+  GSPN_INLINE void operator()(int64_t j) const {
+    const int64_t byte = j * element_;
+    if (byte % kCacheLine >= kLanes * element_) return;
+    for (int k = 0; k < count_; ++k) __builtin_prefetch(planes_[k].row + byte, 0, 2);
+  }
+  GSPN_INLINE void whole_line() const {
+    for (int64_t j = 0; j < length_; j += kLanes) (*this)(j);
   }
 
  private:
   static constexpr int kMost = 8, kCacheLine = 64;
-  struct Rows {
+  struct PlaneRows {
     const char* data;
     int64_t stride;
+    const char* row;
   };
-  bool active_ = false;
+  bool active_;
   int count_ = 0;
-  int64_t row_bytes_, lines_, next_;
-  Rows rows_[kMost];
+  int64_t lines_, length_, lead_, element_;
+  PlaneRows planes_[kMost];
 };
 
 // A gate (lam or u) line by line; without a field every line is null, which stands for 1.
@@ -231,14 +246,18 @@ void run_tasks(int64_t tasks, int threads, Task task) {
 
 inline bool starts_chunk(const Params& p, int64_t i) { return i == 0 || (p.chunk > 0 && i % p.chunk == 0); }
 
-// One step of the recurrence; next and h are lines of state.
-template <class A>
+// One step of the recurrence; h is a line of state, next one too or x itself.
+template <class A, class Ahead = NothingAhead>
 inline void step(const Params& p, int64_t i, const A* h, const Weights<A>& w, const A* x, const A* lam, A* next,
-                 int64_t length) {
+                 int64_t length, const Ahead& ahead = {}) {
   if (starts_chunk(p, i)) {
     lam ? start_line<true>(x, lam, next, length) : start_line<false>(x, lam, next, length);
+  } else if (w.b == nullptr) {
+    lam ? update_line<true, false>(h, w, x, lam, next, length, ahead)
+        : update_line<false, false>(h, w, x, lam, next, length, ahead);
   } else {
-    lam ? update_line<true>(h, w, x, lam, next, length) : update_line<false>(h, w, x, lam, next, length);
+    lam ? update_line<true, true>(h, w, x, lam, next, length, ahead)
+        : update_line<false, true>(h, w, x, lam, next, length, ahead);
   }
 }
 
@@ -261,17 +280,18 @@ class SummedPlanes {
   template <class LineOf>
   void add(const Scan& scan, int64_t d, int64_t c, const Span& span, Scratch<A>& scratch, LineOf line_of) {
     if constexpr (sizeof(S) == sizeof(A)) {
-      add_to(scan_plane<A>(out_, scan, n_, 0, c), scan, d == 0, span, scratch, line_of);
+      add_to(scan_plane<A>(out_, scan, n_, 0, c), scan, d == 0, stream(), span, scratch, line_of);
     } else if (direct()) {
-      add_to(scan_plane<S>(out_, scan, n_, 0, c), scan, true, span, scratch, line_of);
+      add_to(scan_plane<S>(out_, scan, n_, 0, c), scan, true, stream(), span, scratch, line_of);
     } else {
       const Field sums{planes_.get(), count_, 0, 0, p_.H * p_.W, 0, p_.W, 1};
-      add_to(scan_plane<A>(sums, scan, 0, 0, c - c0_), scan, d == 0, span, scratch, line_of);
+      add_to(scan_plane<A>(sums, scan, 0, 0, c - c0_), scan, d == 0, stream(), span, scratch, line_of);
     }
   }
 
   // Converts the sums into the output, after the last direction.
   void finish() {
+    end_of_stream();
     if (direct() || !out_) return;
     const Scan rows{false, false, p_.H, p_.W};
     for (int64_t c = 0; c < count_; ++c)
@@ -281,11 +301,14 @@ class SummedPlanes {
 
  private:
   bool direct() const { return sizeof(S) == sizeof(A) || p_.D == 1; }
+  // A single direction is not read again here, and the caches do not hold so many planes for whoever reads them next.
+  bool stream() const { return p_.D == 1 && p_.N * p_.C * p_.H * p_.W * int64_t(sizeof(S)) >= kStreamBytes; }
 
   template <class T, class LineOf>
-  static void add_to(Plane<T> plane, const Scan& scan, bool first, const Span& span, Scratch<A>& scratch,
+  static void add_to(Plane<T> plane, const Scan& scan, bool first, bool stream, const Span& span, Scratch<A>& scratch,
                      LineOf line_of) {
     plane = span_plane(plane, span);
+    plane.stream = stream;
     bool in_place = false;
     if constexpr (sizeof(T) == sizeof(A)) in_place = plane.position == 1;
     const Tile<A> tile{scratch.get() + kPad, span.pitch};

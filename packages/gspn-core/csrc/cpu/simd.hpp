@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 // Left to itself GCC makes calls of these, with the vectors passed through memory.
 #define GSPN_INLINE inline __attribute__((always_inline))
 
@@ -17,7 +21,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-enum class Write { kStore, kAdd };
+// kStream: past the caches, for whole cache lines that nobody reads soon; a thread calls end_of_stream after it.
+enum class Write { kStore, kAdd, kStream };
 
 constexpr int kLanes = 8;
 typedef float Float8 __attribute__((vector_size(32)));
@@ -108,6 +113,28 @@ GSPN_INLINE void store8(Float16* p, Float8 v) {
   store_bits8(p, select(is_large, large, select(is_denormal, denormal, normal)) | (sign >> 16));
 }
 
+// A store that does not read the cache line first; p is aligned to 16 bytes. Where there is none, a plain store.
+template <class S, class V>
+GSPN_INLINE void stream8(S* p, V v) {
+#ifdef __SSE2__
+  struct Pieces {
+    __m128i at[kLanes * sizeof(S) / sizeof(__m128i)];
+  };
+  S values[kLanes];
+  store8(values, v);
+  const auto pieces = bit_cast<Pieces>(values);
+  auto* out = reinterpret_cast<__m128i*>(p);
+  for (const __m128i& piece : pieces.at) _mm_stream_si128(out++, piece);
+#else
+  store8(p, v);
+#endif
+}
+GSPN_INLINE void end_of_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // The scalar forms go through the same code, so that a tail rounds as the body does.
 template <class S>
 GSPN_INLINE Accumulator<S> load1(const S* p) {
@@ -125,6 +152,16 @@ GSPN_INLINE float load1(const float* p) { return *p; }
 GSPN_INLINE double load1(const double* p) { return *p; }
 GSPN_INLINE void store1(float* p, float value) { *p = value; }
 GSPN_INLINE void store1(double* p, double value) { *p = value; }
+
+// Eight positions one to the left or to the right of `here`, of which the neighbouring vectors hold one.
+template <class V>
+GSPN_INLINE V left_of(V left, V here) {
+  return __builtin_shufflevector(left, here, 7, 8, 9, 10, 11, 12, 13, 14);
+}
+template <class V>
+GSPN_INLINE V right_of(V here, V right) {
+  return __builtin_shufflevector(here, right, 1, 2, 3, 4, 5, 6, 7, 8);
+}
 
 // Transposes an 8 x 8 block held in eight vectors, in three rounds of pairwise interleaving.
 template <class V>
