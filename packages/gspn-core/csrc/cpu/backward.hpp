@@ -224,11 +224,14 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
           for (int64_t t = 0; t < lines; ++t)
             step(p, i0 + t, h_line(t - 1), weights.line(t), x.line(t), lam.line(t), h_line(t), scan.length);
         }
-        RowPrefetcher prefetcher(p, scan, -most_lines, sizeof(S));
-        prefetcher.add(x_plane);
-        prefetcher.add(dy_plane);
-        if (p.dx) prefetcher.add(scan_plane<const S>(p.dx, scan, n, 0, c));
-        for (int64_t k = 0; k < 3 && c == c0; ++k) prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
+        LinePrefetcher prefetcher(scan, -most_lines, sizeof(S));
+        if (descends(p, scan, false, sizeof(S))) {
+          prefetcher.add(x_plane);
+          prefetcher.add(dy_plane);
+          if (p.dx) prefetcher.add(scan_plane<const S>(p.dx, scan, n, 0, c));
+          for (int64_t k = 0; k < 3 && c == c0; ++k)
+            prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
+        }
         A* const v = flowing.get() + (c - c0) * pitch;
         for (int64_t t = lines - 1; t >= 0; --t) {
           const A* const g = g_line(t);

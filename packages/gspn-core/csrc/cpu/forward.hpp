@@ -23,6 +23,7 @@ void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
   const int64_t length = max_length(p), pitch = tile_pitch(length), capacity = most_tile_lines(p) * pitch;
   const int64_t channels = c1 - c0, group = shared_channel(p, p.weights, c0);
   const int64_t row = state_pitch(length), total = gspn::checkpoint_offset(p, p.D);
+  const bool cold = p.N * p.C * p.H * p.W * int64_t(sizeof(S)) >= kColdBytes;
 
   WeightTile<S, A> weights(p, capacity);
   GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
@@ -42,12 +43,20 @@ void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
         const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, tile, kPad);
         lam.load(scan, n, d, c, span);
         u.load(scan, n, d, c, span);
-        RowPrefetcher prefetcher(p, scan, sizeof(S) == sizeof(A) ? 1 : most_lines, sizeof(S));
-        prefetcher.add(x_plane);
-        prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c));
-        for (int64_t k = 0; k < 3 && c == c0; ++k) prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
-        if (p.lam) prefetcher.add(scan_plane<const S>(p.lam, scan, n, d, shared_channel(p, p.lam, c)));
-        if (p.u) prefetcher.add(scan_plane<const S>(p.u, scan, n, d, shared_channel(p, p.u, c)));
+        const bool descending = descends(p, scan, true, sizeof(S));
+        LinePrefetcher prefetcher(scan, !descending ? 0 : sizeof(S) == sizeof(A) ? 1 : most_lines, sizeof(S));
+        if (descending) {
+          prefetcher.add(x_plane);
+          prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c));
+          for (int64_t k = 0; k < 3 && c == c0; ++k)
+            prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
+          if (p.lam) prefetcher.add(scan_plane<const S>(p.lam, scan, n, d, shared_channel(p, p.lam, c)));
+          if (p.u) prefetcher.add(scan_plane<const S>(p.u, scan, n, d, shared_channel(p, p.u, c)));
+        } else if (d == 0 && cold && (scan.horizontal || scan.reversed) && span.lines == scan.lines) {
+          // A whole plane in one go: while it is scanned, the memory of its output and of the next input is asked for.
+          prefetcher.add(in_parts<S>(p, p.y, scan, n, c));
+          if (c + 1 < c1) prefetcher.add(in_parts<S>(p, p.x, scan, n, c + 1));
+        }
         A* const states = state.get() + (c - c0) * 2 * row + kPad;  // the last two lines, by parity
         const auto state_line = [&](int64_t i) { return states + (i & 1) * row; };
         A* const checkpoints = p.checkpoints == nullptr ? nullptr

@@ -1,6 +1,7 @@
 // The arithmetic of one line: plain loops over contiguous positions, which the compiler vectorises, and the recurrence
 // itself in vectors of eight lanes.
-// A line of state h has one readable zero before its first and one after its last position.
+// A line of state h has one zero before its first and one after its last position, and memory that may be read for
+// seven positions more.
 #pragma once
 
 #include <cstdint>

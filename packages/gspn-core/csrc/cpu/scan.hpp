@@ -67,7 +67,7 @@ inline int64_t most_tile_lines(const Params& p) {
 
 // Distance between the lines of a scratch tile; the odd number of cache lines keeps tiles of large images
 // from falling on the same cache sets.
-inline int64_t tile_pitch(int64_t length) { return round_up(length, 16) + 16; }
+inline int64_t tile_pitch(int64_t length) { return round_up(length, kLanes) + 16; }
 
 // Lines of state with their pads: line t starts at data + kPad + t * pitch.
 inline int64_t state_pitch(int64_t length) { return round_up(length, 16) + 2 * kPad; }
@@ -85,7 +85,10 @@ inline Plane<S> scan_plane(const Field& f, const Scan& scan, int64_t n, int64_t 
 }
 
 constexpr int64_t kPrefetchBytes = 64 * 1024;       // smaller planes stay in the cache between their tiles
+constexpr int64_t kColdBytes = 4 * 1024 * 1024;     // larger inputs come from memory, smaller ones from a cache
 constexpr int64_t kStreamBytes = 64 * 1024 * 1024;  // larger outputs do not stay in any cache
+
+inline bool is_large(const Params& p, int64_t element) { return p.H * p.W * element >= kPrefetchBytes; }
 
 // The lines [begin, begin + lines) of a scan that are worked on together.
 struct Span {
@@ -97,7 +100,7 @@ struct Span {
 
 inline Span make_span(const Params& p, const Scan& scan, int64_t begin, int64_t step, int64_t pitch, int64_t element) {
   const int64_t next = begin + step, most_lines = step < 0 ? -step : step;
-  const bool prefetch = scan.horizontal && p.H * p.W * element >= kPrefetchBytes;
+  const bool prefetch = scan.horizontal && is_large(p, element);
   return {begin, min64(most_lines, scan.lines - begin), pitch, next >= 0 && next < scan.lines ? step : 0, prefetch};
 }
 
@@ -122,20 +125,16 @@ inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t lengt
 // The channel of a field with fewer channels that serves channel c of x.
 inline int64_t shared_channel(const Params& p, const Field& f, int64_t c) { return c / (p.C / f.channels); }
 
-// Asks for the rows of a line ahead while another is computed. The processor's own prefetchers follow rows in ascending
-// order, but not in descending order.
-class RowPrefetcher {
+// Asks for a line of some planes with every line that is computed: where the processor's own prefetchers do not see it
+// coming.
+class LinePrefetcher {
  public:
   // lead: lines from the one that is computed to the one asked for, negative in the backward pass.
-  RowPrefetcher(const Params& p, const Scan& scan, int64_t lead, int64_t element)
-      : active_(!scan.horizontal && scan.reversed == (lead > 0) && p.H * p.W * element >= kPrefetchBytes),
-        lines_(scan.lines),
-        length_(scan.length),
-        lead_(lead),
-        element_(element) {}
+  LinePrefetcher(const Scan& scan, int64_t lead, int64_t element)
+      : lines_(scan.lines), length_(scan.length), lead_(lead), element_(element) {}
   template <class S>
   void add(const Plane<const S>& plane) {
-    if (!active_ || plane.position != 1 || count_ == kMost) return;
+    if (plane.position != 1 || count_ == kMost) return;
     planes_[count_++] = {reinterpret_cast<const char*>(plane.data), plane.line * int64_t(sizeof(S)), nullptr};
   }
   // Tells whether line i has a line ahead of it, and aims at that.
@@ -163,11 +162,23 @@ class RowPrefetcher {
     int64_t stride;
     const char* row;
   };
-  bool active_;
   int count_ = 0;
   int64_t lines_, length_, lead_, element_;
   PlaneRows planes_[kMost];
 };
+
+// Rows in descending order, which the processor does not follow. (Those in ascending order it does.)
+inline bool descends(const Params& p, const Scan& scan, bool forward, int64_t element) {
+  return !scan.horizontal && scan.reversed == forward && is_large(p, element);
+}
+
+// A dense plane as if it were in lines of this scan: a part of the plane for each of the scan's lines. Else nothing.
+template <class S>
+inline Plane<const S> in_parts(const Params& p, const Field& f, const Scan& scan, int64_t n, int64_t c) {
+  const Plane<const S> rows = scan_plane<const S>(f, Scan{false, false, p.H, p.W}, n, 0, c);
+  const bool dense = rows.position == 1 && rows.line == p.W;
+  return {rows.data, scan.length, dense ? 1 : 0};
+}
 
 // A gate (lam or u) line by line; without a field every line is null, which stands for 1.
 template <class S, class A>

@@ -64,7 +64,7 @@ inline void make_ascending(Plane<S>& plane, Tile<A>& tile, int64_t lines) {
 template <class S>
 GSPN_INLINE void prefetch_rows(const Plane<S>& plane, int64_t row, int64_t length, int64_t row_elements) {
   // Far enough for the latency of memory. No power of two: rows of a power of two would meet in one set of the cache.
-  constexpr int64_t kAhead = 56, kCacheLine = 64;
+  constexpr int64_t kAhead = 72, kCacheLine = 64;
   if (!plane.prefetch) return;
   row += kAhead;
   S* data = plane.data;
@@ -79,11 +79,6 @@ GSPN_INLINE void prefetch_rows(const Plane<S>& plane, int64_t row, int64_t lengt
       __builtin_prefetch(first + byte, 0, 2);
   }
 }
-
-// Blocks of eight columns that fill a cache line, so that every line of the image is touched once; two at most, which
-// the registers hold.
-template <class S>
-constexpr int kBlocks = sizeof(S) == 8 ? 1 : 2;
 
 // Eight positions of 8 * kCount lines, from the plane's element (line 0, position 0) to the tile's, and back.
 template <int kCount, class S, class A>
@@ -106,41 +101,63 @@ GSPN_INLINE void store_blocks(const A* src, int64_t pitch, S* dst, int64_t posit
   for (int r = 0; r < kLanes; ++r)
     for (int i = 0; i < kCount; ++i) write8<kWrite>(dst + r * position + i * kLanes, blocks[i][r]);
 }
+// The same for one block whose first lines and positions have been added already.
+template <class S, class A>
+inline void add_rest_of_block(const A* src, int64_t pitch, S* dst, int64_t position, int64_t lines_done,
+                              int64_t positions_done) {
+  const Lanes<A> line = {0, 1, 2, 3, 4, 5, 6, 7};
+  Lanes<A> block[kLanes];
+  for (int r = 0; r < kLanes; ++r) block[r] = load8(src + r * pitch);
+  transpose8(block);
+  for (int64_t r = positions_done; r < kLanes; ++r)
+    write8<Write::kAdd>(dst + r * position, line >= A(lines_done) ? block[r] : Lanes<A>{});
+}
+
+// On large planes two blocks side by side, which fill a cache line of floats, so that each line of the image is touched
+// once; on small ones these come from the cache anyway. Doubles fill one with a single block.
+template <class S>
+inline int64_t paired_lines(const Plane<S>& plane, int64_t lines) {
+  return plane.prefetch && sizeof(S) < 8 ? lines - lines % (2 * kLanes) : 0;
+}
+
+// Eight does not divide every size: the last block, at most `last`, overlaps the one before.
+inline int64_t block_begin(int64_t begin, int64_t last) { return begin < last ? begin : last; }
 
 template <class S, class A>
 void load_tile(Plane<const S> src, Tile<A> dst, int64_t lines, int64_t length) {
-  constexpr int64_t kWide = kBlocks<S> * kLanes;
   if (src.position == 1) {
     for (int64_t t = 0; t < lines; ++t) load_line(src.data + t * src.line, dst.line(t), length);
     return;
   }
   make_ascending(src, dst, lines);
-  int64_t j = 0, whole = 0;
-  if (src.line == 1) {
-    whole = lines - lines % kLanes;
-    for (; j + kLanes <= length; j += kLanes) {
-      prefetch_rows(src, j, length, whole);
+  if (src.line == 1 && lines >= kLanes && length >= kLanes) {
+    const int64_t paired = paired_lines(src, lines);
+    for (int64_t begin = 0; begin < length; begin += kLanes) {
+      const int64_t j = block_begin(begin, length - kLanes);
+      prefetch_rows(src, j, length, lines);
       const S* const row = src.data + j * src.position;
       int64_t t = 0;
-      for (; t + kWide <= whole; t += kWide) load_blocks<kBlocks<S>>(row + t, src.position, dst.line(t) + j, dst.pitch);
-      for (; t < whole; t += kLanes) load_blocks<1>(row + t, src.position, dst.line(t) + j, dst.pitch);
+      for (; t < paired; t += 2 * kLanes) load_blocks<2>(row + t, src.position, dst.line(t) + j, dst.pitch);
+      for (; t < lines; t += kLanes) {
+        const int64_t line = block_begin(t, lines - kLanes);
+        load_blocks<1>(row + line, src.position, dst.line(line) + j, dst.pitch);
+      }
     }
+    return;
   }
   for (int64_t t = 0; t < lines; ++t)
-    for (int64_t i = t < whole ? j : 0; i < length; ++i)
-      dst.line(t)[i] = load1(src.data + t * src.line + i * src.position);
+    for (int64_t j = 0; j < length; ++j) dst.line(t)[j] = load1(src.data + t * src.line + j * src.position);
 }
 
+// Whether every row of a tile begins a cache line.
 template <class S>
-inline bool whole_cache_lines(const Plane<S>& plane, int64_t lines) {
+inline bool begins_cache_lines(const Plane<S>& plane) {
   constexpr uintptr_t kCacheLine = 64;
-  const auto bytes = [](int64_t elements) { return uintptr_t(elements) * sizeof(S); };
-  return (reinterpret_cast<uintptr_t>(plane.data) | bytes(plane.position) | bytes(lines)) % kCacheLine == 0;
+  return (reinterpret_cast<uintptr_t>(plane.data) | uintptr_t(plane.position) * sizeof(S)) % kCacheLine == 0;
 }
 
 template <Write kWrite, class S, class A>
 void store_tile(Tile<A> src, Plane<S> dst, int64_t lines, int64_t length) {
-  constexpr int64_t kWide = kBlocks<S> * kLanes;
   if (dst.position == 1) {
     for (int64_t t = 0; t < lines; ++t) {
       const A* line = src.line(t);
@@ -152,24 +169,32 @@ void store_tile(Tile<A> src, Plane<S> dst, int64_t lines, int64_t length) {
     return;
   }
   make_ascending(dst, src, lines);
-  int64_t j = 0, whole = 0;
-  if (dst.line == 1) {
-    whole = lines - lines % kLanes;
-    const bool stream = kWrite == Write::kStore && dst.stream && whole_cache_lines(dst, lines);
-    for (; j + kLanes <= length; j += kLanes) {
-      if (!stream) prefetch_rows(dst, j, length, whole);
+  if (dst.line == 1 && lines >= kLanes && length >= kLanes) {
+    const int64_t paired = paired_lines(dst, lines);
+    const bool stream = kWrite == Write::kStore && dst.stream && paired == lines && begins_cache_lines(dst);
+    for (int64_t begin = 0; begin < length; begin += kLanes) {
+      const int64_t j = block_begin(begin, length - kLanes);
+      if (!stream) prefetch_rows(dst, j, length, lines);
       S* const row = dst.data + j * dst.position;
       int64_t t = 0;
-      for (; stream && t + kWide <= whole; t += kWide)
-        store_blocks<Write::kStream, kBlocks<S>>(src.line(t) + j, src.pitch, row + t, dst.position);
-      for (; t + kWide <= whole; t += kWide)
-        store_blocks<kWrite, kBlocks<S>>(src.line(t) + j, src.pitch, row + t, dst.position);
-      for (; t < whole; t += kLanes) store_blocks<kWrite, 1>(src.line(t) + j, src.pitch, row + t, dst.position);
+      if (stream) {
+        for (; t < paired; t += 2 * kLanes)
+          store_blocks<Write::kStream, 2>(src.line(t) + j, src.pitch, row + t, dst.position);
+      } else if (kWrite == Write::kStore || j == begin) {
+        for (; t < paired; t += 2 * kLanes) store_blocks<kWrite, 2>(src.line(t) + j, src.pitch, row + t, dst.position);
+      }
+      for (; t < lines; t += kLanes) {
+        const int64_t line = block_begin(t, lines - kLanes);
+        if (kWrite == Write::kAdd && (j < begin || line < t))
+          add_rest_of_block(src.line(line) + j, src.pitch, row + line, dst.position, t - line, begin - j);
+        else
+          store_blocks<kWrite, 1>(src.line(line) + j, src.pitch, row + line, dst.position);
+      }
     }
+    return;
   }
   for (int64_t t = 0; t < lines; ++t)
-    for (int64_t i = t < whole ? j : 0; i < length; ++i)
-      write1<kWrite>(dst.data + t * dst.line + i * dst.position, src.line(t)[i]);
+    for (int64_t j = 0; j < length; ++j) write1<kWrite>(dst.data + t * dst.line + j * dst.position, src.line(t)[j]);
 }
 
 }  // namespace
