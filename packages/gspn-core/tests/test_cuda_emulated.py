@@ -38,13 +38,11 @@ def emulated(module, monkeypatch):
     """Route tensors of the CPU through the CUDA side of the bindings, and poison its scratch memory."""
 
     class EmulatedKernels(_backend.Kernels):
-        def __init__(self, *options):
-            super().__init__(*options)
+        def __init__(self, x, stochastic, directions, chunk_size):
+            super().__init__(x, stochastic, directions, chunk_size)
             launch = module.Launch(0, 0, lambda size: torch.full((size,), 0xFF, dtype=torch.uint8))
-            call = module.Call(
-                _backend._DTYPE_NAMES[options[0]], *options[1:3], options[3] or 0, _backend.CHECKPOINT_INTERVAL, 1
-            )
-            self._launch = (launch, call)
+            dtype, interval = _backend._DTYPE_NAMES[x.dtype], _backend.CHECKPOINT_INTERVAL
+            self._launch = (launch, module.Call(dtype, stochastic, directions, chunk_size or 0, interval, 1))
             self._forward, self._backward = module.cuda_forward, module.cuda_backward
 
     monkeypatch.setattr(_backend, "Kernels", EmulatedKernels)

@@ -52,14 +52,12 @@ def _warn_once(device_type: str) -> None:
     warnings.warn(f"gspn_core runs its slow PyTorch reference on {device_type}: {how}", RuntimeWarning, stacklevel=6)
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Tell whether compiled kernels serve this device; where they do not, warn once that the reference does."""
+def has_kernels(x: Tensor) -> bool:
+    """Tell whether compiled kernels serve the device of x; where they do not, warn once that the reference does."""
     module = extension()
-    if isinstance(module, ModuleType) and (
-        device.type == "cpu" or (device.type == "cuda" and hasattr(module, "cuda_forward"))
-    ):
+    if isinstance(module, ModuleType) and (x.is_cpu or (x.is_cuda and hasattr(module, "cuda_forward"))):
         return True
-    _warn_once(device.type)
+    _warn_once(x.device.type)
     return False
 
 
@@ -90,24 +88,17 @@ def _call(dtype: torch.dtype, stochastic: bool, directions: tuple[int, ...], chu
 
 
 class Kernels:
-    """The compiled kernels on one call's options and device. Arguments are checked by the caller."""
+    """The compiled kernels on one call's options and the device and dtype of x. Arguments are checked by the caller."""
 
     __slots__ = ("_backward", "_forward", "_launch")
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        stochastic: bool,
-        directions: Sequence[int],
-        chunk_size: int | None,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, x: Tensor, stochastic: bool, directions: Sequence[int], chunk_size: int | None) -> None:
         module = extension()
         assert isinstance(module, ModuleType)
-        call = _call(dtype, stochastic, tuple(directions), chunk_size or 0, torch.get_num_threads())
+        call = _call(x.dtype, stochastic, tuple(directions), chunk_size or 0, torch.get_num_threads())
         self._launch: tuple[Any, ...] = (call,)
-        if device.type == "cuda":
-            self._launch = (_cuda_launch(module, device), call)
+        if x.is_cuda:
+            self._launch = (_cuda_launch(module, x.device), call)
             self._forward, self._backward = module.cuda_forward, module.cuda_backward
         else:
             self._forward, self._backward = module.forward, module.backward

@@ -43,10 +43,12 @@ _MaybeTensors = Sequence[Tensor | None]
 
 
 def _outputs(x: Tensor, directions: Sequence[int], chunk_size: int | None, save: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not save:
+        return y, x.new_empty(0)
     n, c, h, w = x.shape
-    size = _backend.checkpoint_size(h, w, directions, chunk_size) if save else 0
-    state = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((n, c, h, w)), x.new_empty((n, c, size), dtype=state)
+    size = _backend.checkpoint_size(h, w, directions, chunk_size)
+    return y, x.new_empty((n, c, size), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _gradients(inputs: _MaybeTensors, mask: Sequence[bool]) -> list[Tensor | None]:
@@ -71,8 +73,8 @@ def _propagate(
 ) -> tuple[Tensor, Tensor]:
     _check.check_propagate(x, logits, lam, u, directions, chunk_size)
     y, checkpoints = _outputs(x, directions, chunk_size, save_checkpoints)
-    if run and _backend.has_kernels(x.device):
-        kernels = _backend.Kernels(x.dtype, True, directions, chunk_size, x.device)
+    if run and _backend.has_kernels(x):
+        kernels = _backend.Kernels(x, True, directions, chunk_size)
         kernels.forward(x, logits, lam, u, y, checkpoints if save_checkpoints else None)
     elif run:
         _fallback.forward(y, x, logits, lam, u, directions, chunk_size)
@@ -91,8 +93,8 @@ def _line_scan(
 ) -> tuple[Tensor, Tensor]:
     _check.check_line_scan(x, weights, lam, direction, chunk_size)
     h, checkpoints = _outputs(x, [direction], chunk_size, save_checkpoints)
-    if run and _backend.has_kernels(x.device):
-        kernels = _backend.Kernels(x.dtype, False, [direction], chunk_size, x.device)
+    if run and _backend.has_kernels(x):
+        kernels = _backend.Kernels(x, False, [direction], chunk_size)
         kernels.forward(x, weights, lam, None, h, checkpoints if save_checkpoints else None)
     elif run:
         _fallback.forward(h, x, weights, lam, None, [direction], chunk_size)
@@ -115,11 +117,11 @@ def _propagate_backward(
     _check.check_propagate(x, logits, lam, u, directions, chunk_size)
     _check.check_gradient(dy, x, "dy")
     gradients = _gradients((x, logits, lam, u), mask)
-    if run and _backend.has_kernels(x.device):
+    if run and _backend.has_kernels(x):
         if mask[1] or mask[3]:
             size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
             _check.check_checkpoints(checkpoints, x, size)
-        kernels = _backend.Kernels(x.dtype, True, directions, chunk_size, x.device)
+        kernels = _backend.Kernels(x, True, directions, chunk_size)
         kernels.backward(dy, x, logits, lam, u, checkpoints, gradients)
     elif run:
         _fallback.backward(gradients, dy, x, logits, lam, u, directions, chunk_size)
@@ -141,11 +143,11 @@ def _line_scan_backward(
     _check.check_line_scan(x, weights, lam, direction, chunk_size)
     _check.check_gradient(dh, x, "dh")
     gradients = _gradients((x, weights, lam), mask)
-    if run and _backend.has_kernels(x.device):
+    if run and _backend.has_kernels(x):
         if mask[1]:
             size = _backend.checkpoint_size(x.shape[2], x.shape[3], [direction], chunk_size)
             _check.check_checkpoints(checkpoints, x, size)
-        kernels = _backend.Kernels(x.dtype, False, [direction], chunk_size, x.device)
+        kernels = _backend.Kernels(x, False, [direction], chunk_size)
         kernels.backward(dh, x, weights, lam, None, checkpoints, (*gradients, None))
     elif run:
         _fallback.backward((*gradients, None), dh, x, weights, lam, None, [direction], chunk_size)

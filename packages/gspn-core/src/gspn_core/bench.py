@@ -329,7 +329,7 @@ def _large_maps(settings: Settings) -> Iterator[Row]:
     h_out, copied = torch.empty_like(x), torch.empty_like(weights)
 
     def kernel(index: int) -> Contestant:
-        kernels = _backend.Kernels(x.dtype, False, [index], None, x.device)
+        kernels = _backend.Kernels(x, False, [index], None)
         return lambda: kernels.forward(x, weights, None, None, h_out, None)
 
     kernels = [kernel(index) for index in range(4)]
