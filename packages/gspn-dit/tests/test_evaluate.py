@@ -564,6 +564,7 @@ for count in (1, 2, 3, 5):  # of one image, the second process has none
     found = extract(Sums(), samples, count, {"pool"}, 2, state, state.device)
     if state.is_main_process:
         assert torch.equal(found["pool"], pixels[:count].float().sum((2, 3)))
+state.destroy_process_group()
 """
 
 

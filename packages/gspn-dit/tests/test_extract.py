@@ -32,6 +32,7 @@ state = PartialState()
 # A file each: two processes that print at the same time would mix their lines.
 written = json.dumps({"world": state.num_processes, **summary})
 pathlib.Path(sys.argv[2], f"summary-{state.process_index}.json").write_text(written)
+state.destroy_process_group()
 """
 
 

@@ -290,6 +290,7 @@ from accelerate import PartialState
 from gspn_t2i.evaluate import EvaluateConfig, evaluate
 found = evaluate(EvaluateConfig(**json.loads(sys.argv[1])))
 assert PartialState().num_processes == 2 and bool(found) == PartialState().is_main_process
+PartialState().destroy_process_group()
 """
 
 

@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The benchmark prints its table itself.
     if arguments.command != "benchmark" and PartialState().is_main_process:
         print(json.dumps(summary))
+    # The threads of a group that is left to the end of the interpreter may abort it.
+    PartialState().destroy_process_group()
     return 0
 
 

@@ -299,6 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # An error in a loader process comes with its traceback; its own line is the last.
         print(f"gspn-vision: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
+    import torch.distributed as dist
+
+    # The threads of a group that is left to the end of the interpreter may abort it.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
