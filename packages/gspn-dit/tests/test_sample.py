@@ -142,7 +142,8 @@ def test_two_processes_draw_the_same_bits(model, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     (tmp_path / "program.py").write_text(
         "import sys, accelerate\nfrom gspn_dit import cli\n"
-        "code = cli.main(sys.argv[1:])\nprint('processes', accelerate.PartialState().num_processes)\nsys.exit(code)\n"
+        "code = cli.main(sys.argv[1:])\nprint('processes', accelerate.PartialState().num_processes)\n"
+        "import torch\nassert not torch.distributed.is_initialized()\nsys.exit(code)\n"
     )
     for count in (1, 2):
         file = tmp_path / f"{count}.yaml"
