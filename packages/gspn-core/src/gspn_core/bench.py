@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -165,14 +166,20 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _medians(contestants: Sequence[Contestant], settings: Settings, calls: int = 1) -> list[float]:
-    """Return each contestant's median seconds per call. They take turns, each round in another order."""
+    """Return each contestant's median seconds per call.
+
+    They take turns, in an order drawn anew each round: one that always came after the same other would find the caches
+    and the memory as that one leaves them.
+    """
     for contestant in contestants:
         contestant()
     times: list[list[float]] = [[] for _ in contestants]
+    order = list(range(len(contestants)))
+    shuffle = random.Random(0).shuffle
     began = time.perf_counter()
     for repeat in range(settings.repeats):
-        for place in range(len(contestants)):
-            i = (repeat + place) % len(contestants)
+        shuffle(order)
+        for i in order:
             contestant = contestants[i]
             start = time.perf_counter_ns()
             for _ in range(calls):

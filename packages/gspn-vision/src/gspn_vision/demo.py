@@ -40,11 +40,13 @@ def run(out: str | Path, *, preset: str = "gspn2_nano_digits", epochs: int | Non
     if epochs is not None:
         values |= {"epochs": epochs, "warmup_epochs": min(1, epochs - 1)}
     options = config.make_config(values)
+    found = checkpoint.read_index(options.folder / "checkpoints")
     summary = train(options)
     metrics, predictions, source, class_names = validate(summary["folder"])
     name = options.model
+    trained = f"a run found in {out}, continued for" if found else "trained in"
     print(
-        f"{name}, {summary['parameters']:,} parameters, trained in {summary['seconds']} s: "
+        f"{name}, {summary['parameters']:,} parameters, {trained} {summary['seconds']} s: "
         f"{metrics.top1:.2f}% of {metrics.images} held-out digits recognised"
     )
 
