@@ -185,7 +185,7 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
   GateGradient<S, A> dlam(p, p.lam, p.dlam, lam_partial, capacity), du(p, p.u, p.du, u_partial, capacity);
   WeightGradient<S, A> dweights(p, weights_partial, capacity);
   SummedPlanes<S, A> dx(p, p.dx, n, c0, channels);
-  Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity + kPad);
+  Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity);
   Scratch<A> adjoints(capacity);                          // g of every line of the tile
   Scratch<A> flowing(channels * pitch);                   // v of every channel
   Scratch<A> states(need_states ? (most + 1) * row : 0);  // h of every line of the tile and the one before
@@ -210,8 +210,8 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
         }
         const Plane<const S> x_plane = scan_plane<const S>(p.x, scan, n, 0, c);
         const Plane<const S> dy_plane = scan_plane<const S>(p.dy, scan, n, 0, c);
-        const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, x_scratch);
-        const Tile<const A> dy = fetch<S, A>(dy_plane, span, scan.length, dy_scratch);
+        const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, x_scratch.get());
+        const Tile<const A> dy = fetch<S, A>(dy_plane, span, scan.length, dy_scratch.get());
         lam.load(scan, n, d, c, span);
         u.load(scan, n, d, c, span);
         dlam.begin(scan, n, d, c, span);
@@ -222,7 +222,8 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
                           checkpoint * scan.length,
                       h_line(-1), scan.length);
           for (int64_t t = 0; t < lines; ++t)
-            step(p, i0 + t, h_line(t - 1), weights.line(t), x.line(t), lam.line(t), h_line(t), scan.length);
+            step<1>(p, i0 + t, Lines<1, A>{{h_line(t - 1)}, {x.line(t)}, {lam.line(t)}, {h_line(t)}}, weights.line(t),
+                    scan.length);
         }
         LinePrefetcher prefetcher(scan, -most_lines, sizeof(S));
         if (descends(p, scan, false, sizeof(S))) {
@@ -247,9 +248,11 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
           else
             propagate_adjoint_line<true>(g, weights.line(t), v, scan.length);
         }
-        if (p.dx)
-          dx.add(scan, d, c, span, dx_scratch,
-                 [&](int64_t t, A*) { return std::pair<const A*, const A*>(g_line(t), lam.line(t)); });
+        if (p.dx) {
+          const SumLines<S, A> sum = dx.lines(scan, d, c, span, {dx_scratch.get(), span.pitch});
+          for (int64_t t = 0; t < lines; ++t) sum.add(t, g_line(t), lam.line(t), scan.length);
+          sum.finish(lines, scan.length);
+        }
       }
       dweights.flush(weights);
       dlam.flush();

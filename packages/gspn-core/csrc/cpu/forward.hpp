@@ -6,96 +6,178 @@
 
 namespace {
 
-// Channels of a task. They share the normalised weights of a tile, so more are better, as long as their planes
-// stay in the second-level cache and every thread gets work. No result depends on the choice.
+// Channels of a task: whole groups of channels that share weights, or a part of one. They share the normalised weights
+// of a tile, and ask for the memory of the next channel's planes while one is scanned, so more are better, as long as
+// every thread gets work and, where several directions read them, their planes stay in the second-level cache. No
+// result depends on the choice.
 inline int64_t forward_block(const Params& p, int64_t element_size) {
   constexpr int64_t kCacheBytes = 512 * 1024, kFewest = 8;
   const int64_t group = p.C / p.weights.channels;
-  const int64_t fitting = kCacheBytes / max64(1, 2 * p.H * p.W * element_size);
-  const int64_t cached = min64(group, max64(fitting, kFewest));
+  const int64_t fitting = max64(kFewest, kCacheBytes / max64(1, 2 * p.H * p.W * element_size));
   const int64_t parallel = max64(1, p.N * p.C / p.threads);
-  return max64(1, min64(cached, parallel));
+  const int64_t block = min64(p.D == 1 ? max64(group, fitting) : fitting, parallel);
+  if (block < group) return block;
+  return tiles_are_whole(p) ? block / group * group : group;
 }
 
-template <class S>
-void forward_task(const Params& p, int64_t n, int64_t c0, int64_t c1) {
-  using A = Accumulator<S>;
-  const int64_t length = max_length(p), pitch = tile_pitch(length), capacity = most_tile_lines(p) * pitch;
-  const int64_t channels = c1 - c0, group = shared_channel(p, p.weights, c0);
-  const int64_t row = state_pitch(length), total = gspn::checkpoint_offset(p, p.D);
-  const bool cold = p.N * p.C * p.H * p.W * int64_t(sizeof(S)) >= kColdBytes;
+template <class S, class A = Accumulator<S>>
+class ForwardTask {
+ public:
+  ForwardTask(const Params& p, int64_t n, int64_t c0, int64_t c1)
+      : p_(p),
+        n_(n),
+        c0_(c0),
+        c1_(c1),
+        pitch_(tile_pitch(max_length(p))),
+        capacity_(most_tile_lines(p) * pitch_),
+        weights_(p, capacity_),
+        lam_{{p, p.lam, capacity_}, {p, p.lam, p.lam.channels > 1 ? capacity_ : 0}},
+        u_{{p, p.u, capacity_}, {p, p.u, p.u.channels > 1 ? capacity_ : 0}},
+        tiles_(kTogether * capacity_),
+        state_((c1 - c0) * 2 * pitch_),
+        y_(p, p.y, n, c0, c1 - c0) {}
 
-  WeightTile<S, A> weights(p, capacity);
-  GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
-  Scratch<A> tile(capacity + kPad), state(channels * 2 * row);  // the tile of x, line by line overwritten by that of h
-  SummedPlanes<S, A> y(p, p.y, n, c0, channels);
-  fill_zero(tile.get(), capacity + kPad);
-
-  for (int d = 0; d < p.D; ++d) {
-    const Scan scan = gspn::make_scan(p, d);
-    const int64_t most_lines = tile_lines(p, scan), checkpoint_lines = gspn::checkpoint_lines(p, scan);
-    fill_zero(state.get(), channels * 2 * row);
-    for (int64_t i0 = 0; i0 < scan.lines; i0 += most_lines) {
-      const Span span = make_span(p, scan, i0, most_lines, pitch, sizeof(S));
-      weights.load(scan, n, d, group, span);
-      for (int64_t c = c0; c < c1; ++c) {
-        const Plane<const S> x_plane = scan_plane<const S>(p.x, scan, n, 0, c);
-        const Tile<const A> x = fetch<S, A>(x_plane, span, scan.length, tile, kPad);
-        lam.load(scan, n, d, c, span);
-        u.load(scan, n, d, c, span);
-        const bool descending = descends(p, scan, true, sizeof(S));
-        LinePrefetcher prefetcher(scan, !descending ? 0 : sizeof(S) == sizeof(A) ? 1 : most_lines, sizeof(S));
-        if (descending) {
-          prefetcher.add(x_plane);
-          prefetcher.add(scan_plane<const S>(p.y, scan, n, 0, c));
-          for (int64_t k = 0; k < 3 && c == c0; ++k)
-            prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
-          if (p.lam) prefetcher.add(scan_plane<const S>(p.lam, scan, n, d, shared_channel(p, p.lam, c)));
-          if (p.u) prefetcher.add(scan_plane<const S>(p.u, scan, n, d, shared_channel(p, p.u, c)));
-        } else if (d == 0 && cold && (scan.horizontal || scan.reversed) && span.lines == scan.lines) {
-          // A whole plane in one go: while it is scanned, the memory of its output and of the next input is asked for.
-          prefetcher.add(in_parts<S>(p, p.y, scan, n, c));
-          if (c + 1 < c1) prefetcher.add(in_parts<S>(p, p.x, scan, n, c + 1));
+  void run() {
+    for (int d = 0; d < p_.D; ++d) {
+      const Scan scan = gspn::make_scan(p_, d);
+      const int64_t most_lines = tile_lines(p_, scan);
+      fill_zero(state_.get(), (c1_ - c0_) * 2 * pitch_);
+      for (int64_t i0 = 0; i0 < scan.lines; i0 += most_lines) {
+        const Span span = make_span(p_, scan, i0, most_lines, pitch_, sizeof(S));
+        for (int64_t c = c0_, next; c < c1_; c = next) {
+          next = min64(c1_, c + kTogether);
+          while (group(next - 1) != group(c)) --next;
+          weights_.load(scan, n_, d, group(c), span);
+          next == c + kTogether ? channels<kTogether>(scan, d, c, span) : channels<1>(scan, d, c, span);
         }
-        A* const states = state.get() + (c - c0) * 2 * row + kPad;  // the last two lines, by parity
-        const auto state_line = [&](int64_t i) { return states + (i & 1) * row; };
-        A* const checkpoints = p.checkpoints == nullptr ? nullptr
-                                                        : static_cast<A*>(p.checkpoints) + (n * p.C + c) * total +
-                                                              gspn::checkpoint_offset(p, d);
-        y.add(scan, d, c, span, tile, [&](int64_t t, A* out) {
-          const int64_t i = i0 + t;
-          // Where h is the output, the tile of the output serves as state.
-          const bool direct = out != nullptr && !p.u;
-          const A* const before = direct && t > 0 ? out - span.pitch : state_line(i + 1);
-          A* const h = direct ? out : state_line(i);
-          if (prefetcher.aim(i))
-            step(p, i, before, weights.line(t), x.line(t), lam.line(t), h, scan.length, prefetcher);
-          else
-            step(p, i, before, weights.line(t), x.line(t), lam.line(t), h, scan.length);
-          if (direct) {
-            h[scan.length] = A(0);
-            if (t == span.lines - 1) load_line(h, state_line(i), scan.length);
-          }
-          if (checkpoints != nullptr && (i + 1) % p.interval == 0 && i / p.interval < checkpoint_lines)
-            load_line(h, checkpoints + i / p.interval * scan.length, scan.length);
-          return std::pair<const A*, const A*>(h, u.line(t));
-        });
       }
     }
+    y_.finish();
   }
-  y.finish();
-}
+
+ private:
+  // Channels that are scanned together: each weight is loaded once for them.
+  static constexpr int kTogether = 2;
+
+  // The span's lines of K channels from c on.
+  template <int K>
+  void channels(const Scan& scan, int d, int64_t c, const Span& span) {
+    Tile<const A> x[K];
+    const GateTile<S, A>*lam[K], *u[K];
+    SumLines<S, A> y[K];
+    Lines<K, A> lines;
+    for (int k = 0; k < K; ++k) {
+      const Tile<A> tile{tiles_.get() + k * capacity_, pitch_};  // of x, line by line overwritten by that of h
+      x[k] = fetch<S, A>(scan_plane<const S>(p_.x, scan, n_, 0, c + k), span, scan.length, tile.data);
+      lam[k] = gate(lam_, p_.lam, scan, d, c, k, span);
+      u[k] = gate(u_, p_.u, scan, d, c, k, span);
+      y[k] = y_.lines(scan, d, c + k, span, tile);
+      lines.next[k] = state(c + k, span.begin + 1);
+    }
+    const bool direct = !p_.u && y[0].stores();  // h is the output, whose lines serve as state
+    LinePrefetcher prefetcher = prefetch<K>(scan, d, c, span);
+    for (int64_t t = 0; t < span.lines; ++t) {
+      const int64_t i = span.begin + t;
+      for (int k = 0; k < K; ++k) {
+        lines.h[k] = lines.next[k];
+        lines.x[k] = x[k].line(t);
+        lines.lam[k] = lam[k]->line(t);
+        lines.next[k] = direct ? y[k].line(t) : state(c + k, i);
+      }
+      if (prefetcher.aim(i))
+        step(p_, i, lines, weights_.line(t), scan.length, prefetcher);
+      else
+        step(p_, i, lines, weights_.line(t), scan.length);
+      for (int k = 0; k < K; ++k) {
+        if (!direct) y[k].add(t, lines.next[k], u[k]->line(t), scan.length);
+        keep_checkpoint(scan, d, c + k, i, lines.next[k]);
+      }
+    }
+    for (int k = 0; k < K; ++k) {
+      if (direct) load_line(lines.next[k], state(c + k, span.begin + span.lines - 1), scan.length);
+      y[k].finish(span.lines, scan.length);
+    }
+  }
+
+  int64_t group(int64_t c) const { return shared_channel(p_, p_.weights, c); }
+
+  // The state of a channel after line i; there is room for the last two.
+  A* state(int64_t c, int64_t i) const { return state_.get() + ((c - c0_) * 2 + (i & 1)) * pitch_; }
+
+  // The gate of channel c + k. Channels that share a gate share its tile.
+  const GateTile<S, A>* gate(GateTile<S, A> (&tiles)[kTogether], const Field& f, const Scan& scan, int d, int64_t c,
+                             int k, const Span& span) {
+    if (!f) return &tiles[0];
+    const int64_t channel = shared_channel(p_, f, c + k);
+    GateTile<S, A>& tile = tiles[channel == shared_channel(p_, f, c) ? 0 : k];
+    tile.load(scan, n_, d, c + k, span);
+    return &tile;
+  }
+
+  void keep_checkpoint(const Scan& scan, int d, int64_t c, int64_t i, const A* h) const {
+    if (p_.checkpoints == nullptr || (i + 1) % p_.interval != 0) return;
+    const int64_t index = i / p_.interval, total = gspn::checkpoint_offset(p_, p_.D);
+    if (index >= gspn::checkpoint_lines(p_, scan)) return;
+    A* const kept = static_cast<A*>(p_.checkpoints) + (n_ * p_.C + c) * total + gspn::checkpoint_offset(p_, d);
+    load_line(h, kept + index * scan.length, scan.length);
+  }
+
+  // What to ask for while K channels from c on are scanned.
+  template <int K>
+  LinePrefetcher prefetch(const Scan& scan, int d, int64_t c, const Span& span) const {
+    const bool cold = p_.N * p_.C * p_.H * p_.W * int64_t(sizeof(S)) >= kColdBytes;
+    const bool descending = descends(p_, scan, true, sizeof(S));
+    const int64_t lead = !descending ? 0 : sizeof(S) == sizeof(A) ? 1 : tile_lines(p_, scan);
+    LinePrefetcher prefetcher(scan, lead, sizeof(S));
+    if (descending) {
+      for (int64_t k = 0; k < 3 && (c == c0_ || group(c - 1) != group(c)); ++k)
+        prefetcher.add(scan_plane<const S>(p_.weights, scan, n_, d, group(c), k));
+      for (int k = 0; k < K; ++k) {
+        prefetcher.add(scan_plane<const S>(p_.x, scan, n_, 0, c + k));
+        prefetcher.add(scan_plane<const S>(p_.y, scan, n_, 0, c + k));
+        if (p_.lam) prefetcher.add(scan_plane<const S>(p_.lam, scan, n_, d, shared_channel(p_, p_.lam, c + k)));
+        if (p_.u) prefetcher.add(scan_plane<const S>(p_.u, scan, n_, d, shared_channel(p_, p_.u, c + k)));
+      }
+    } else if (cold && (scan.horizontal || scan.reversed) && span.lines == scan.lines) {
+      // Whole planes in one go: while they are scanned, the memory of their outputs and of the next inputs is asked
+      // for.
+      const auto add = [&](const Field& f, int64_t channel, int64_t k = 0) {
+        prefetcher.add(in_parts<S>(p_, f, scan, n_, d, channel, k));
+      };
+      const auto add_gate = [&](const Field& gate, int64_t channel) {
+        if (gate && shared_channel(p_, gate, channel) != shared_channel(p_, gate, channel - 1))
+          add(gate, shared_channel(p_, gate, channel));
+      };
+      for (int64_t k = 0; k < 3 && c + K < c1_ && group(c + K) != group(c); ++k) add(p_.weights, group(c + K), k);
+      for (int k = 0; k < K; ++k) {
+        if (d == 0) add(p_.y, c + k);
+        if (c + K + k >= c1_) continue;
+        if (d == 0) add(p_.x, c + K + k);
+        add_gate(p_.lam, c + K + k);
+        add_gate(p_.u, c + K + k);
+      }
+    }
+    return prefetcher;
+  }
+
+  const Params& p_;
+  const int64_t n_, c0_, c1_;
+  const int64_t pitch_, capacity_;
+  WeightTile<S, A> weights_;
+  GateTile<S, A> lam_[kTogether], u_[kTogether];
+  Scratch<A> tiles_, state_;
+  SummedPlanes<S, A> y_;
+};
 
 template <class S>
 void forward_all(const Params& p) {
   const int64_t group = p.C / p.weights.channels, block = forward_block(p, sizeof(Accumulator<S>));
-  const int64_t blocks_per_group = (group + block - 1) / block;
-  const int64_t tasks = p.N * p.weights.channels * blocks_per_group;
-  run_tasks(tasks, p.threads, [&](int64_t task) {
-    const int64_t b = task % blocks_per_group, g = task / blocks_per_group % p.weights.channels;
-    const int64_t n = task / (blocks_per_group * p.weights.channels);
-    const int64_t c0 = g * group + b * block, c1 = min64(c0 + block, (g + 1) * group);
-    forward_task<S>(p, n, c0, c1);
+  const int64_t unit = max64(group, block);  // channels after which a task ends in any case
+  const int64_t units = (p.C + unit - 1) / unit, blocks = (unit + block - 1) / block;
+  run_tasks(p.N * units * blocks, p.threads, [&](int64_t task) {
+    const int64_t b = task % blocks, i = task / blocks % units, n = task / (blocks * units);
+    const int64_t c0 = i * unit + b * block, c1 = min64(min64(c0 + block, (i + 1) * unit), p.C);
+    ForwardTask<S>(p, n, c0, c1).run();
   });
 }
 

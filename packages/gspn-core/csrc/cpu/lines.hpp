@@ -1,7 +1,6 @@
 // The arithmetic of one line: plain loops over contiguous positions, which the compiler vectorises, and the recurrence
 // itself in vectors of eight lanes.
-// A line of state h has one zero before its first and one after its last position, and memory that may be read for
-// seven positions more.
+// No function here reads or writes beyond a line, but for those that say so.
 #pragma once
 
 #include <cstdint>
@@ -88,65 +87,105 @@ struct NothingAhead {
   GSPN_INLINE void operator()(int64_t) const {}
 };
 
-// h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j]. Row-stochastic weights use the difference form,
-// h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant.
-// A given weight may be anything, NaN too; beyond the line's ends it has no neighbour to weigh.
-template <bool kLam, bool kGiven, class A>
-struct LineUpdate {
-  const Weights<A>& w;
-  const A *x, *lam;
+// The weights of eight positions, which all channels of a group share: h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j].
+// Row-stochastic weights use the difference form, h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a
+// constant field exactly constant. A given weight may be anything, NaN too; beyond the line's ends it has no neighbour
+// to weigh.
+template <bool kGiven, class A>
+struct LaneWeights {
+  Lanes<A> a, b, c;
 
-  GSPN_INLINE Lanes<A> operator()(int64_t j, Lanes<A> left, Lanes<A> h, Lanes<A> right, bool first, bool last) const {
-    Lanes<A> a = load8(w.a + j), c = load8(w.c + j), input = load8(x + j);
-    if (kLam) input *= load8(lam + j);
-    if (!kGiven) return (h + input) + a * (left - h) + c * (right - h);
-    if (first) a[0] = A(0);
-    if (last) c[kLanes - 1] = A(0);
-    return a * left + load8(w.b + j) * h + c * right + input;
+  GSPN_INLINE LaneWeights(const Weights<A>& w, int64_t j, bool first, bool last)
+      : a(load8(w.a + j)), c(load8(w.c + j)) {
+    if (!kGiven) return;
+    b = load8(w.b + j);
+    const Lanes<A> zero{};
+    if (first) a = __builtin_shufflevector(a, zero, 8, 1, 2, 3, 4, 5, 6, 7);
+    if (last) c = __builtin_shufflevector(c, zero, 0, 1, 2, 3, 4, 5, 6, 8);
   }
-  GSPN_INLINE A at(int64_t j, const A* h, bool first, bool last) const {
-    const A input = kLam ? lam[j] * x[j] : x[j];
-    if (!kGiven) return (h[j] + input) + w.a[j] * (h[j - 1] - h[j]) + w.c[j] * (h[j + 1] - h[j]);
-    return (first ? A(0) : w.a[j] * h[j - 1]) + w.b[j] * h[j] + (last ? A(0) : w.c[j] * h[j + 1]) + input;
+  // The input first: each sum has one product.
+  GSPN_INLINE Lanes<A> update(Lanes<A> left, Lanes<A> h, Lanes<A> right, Lanes<A> input) const {
+    return kGiven ? input + a * left + b * h + c * right : (h + input) + a * (left - h) + c * (right - h);
   }
 };
 
-// next may be x. Neighbours are shuffled out of the vectors of h at j - 8, j and j + 8: to load h[j - 1] where h has
-// just been written in other pieces would wait for these writes to reach the cache, longer than a short line takes.
-template <bool kLam, bool kGiven, class A, class Ahead>
-void update_line(const A* h, const Weights<A>& w, const A* x, const A* lam, A* next, int64_t length,
-                 const Ahead& ahead) {
-  const LineUpdate<kLam, kGiven, A> update{w, x, lam};
-  const int64_t last = length - kLanes;
-  if (last < 0) {
-    for (int64_t j = 0; j < length; ++j) next[j] = update.at(j, h, j == 0, j == length - 1);
-    return;
+// One line of each of K channels: the state before it, its input and gate, and where its state goes, which may be x.
+template <int K, class A>
+struct Lines {
+  const A *h[K], *x[K], *lam[K];
+  A* next[K];
+};
+
+// Lines shorter than a vector.
+template <int K, bool kLam, bool kGiven, class A>
+void update_short_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length) {
+  for (int k = 0; k < K; ++k) {
+    const A *const h = lines.h[k], *const x = lines.x[k], *const lam = lines.lam[k];
+    for (int64_t j = 0; j < length; ++j) {
+      const bool has_left = j > 0, has_right = j < length - 1;
+      const A input = kLam ? rounded_product(lam[j], x[j]) : x[j], left = has_left ? h[j - 1] : A(0),
+              right = has_right ? h[j + 1] : A(0);
+      const A a = kGiven && !has_left ? A(0) : w.a[j], c = kGiven && !has_right ? A(0) : w.c[j];
+      lines.next[k][j] = kGiven ? input + a * left + w.b[j] * h[j] + c * right
+                                : (h[j] + input) + a * (left - h[j]) + c * (right - h[j]);
+    }
   }
-  // Eight does not divide every length: the last eight positions overlap the ones before, and are computed first.
-  const bool overlap = length % kLanes != 0;
-  Lanes<A> end{};
-  if (overlap) end = update(last, load8(h + last - 1), load8(h + last), load8(h + last + 1), false, true);
-  const Lanes<A> beyond{};
-  Lanes<A> left = beyond, here = load8(h);
-  for (int64_t j = 0; j < last; j += kLanes) {
-    ahead(j);
-    const Lanes<A> right = load8(h + j + kLanes);
-    const Lanes<A> before = left_of(left, here), after = right_of(here, right);
-    store8(next + j,
-           j == 0 ? update(j, before, here, after, true, false) : update(j, before, here, after, false, false));
-    left = here;
-    here = right;
-  }
-  ahead(last);
-  if (!overlap) end = update(last, left_of(left, here), here, right_of(here, beyond), last == 0, true);
-  store8(next + last, end);
 }
 
-// The first line of a chunk: h' = lam x, whatever the weights. next may be x.
-template <bool kLam, class A>
-void start_line(const A* x, const A* lam, A* next, int64_t length) {
+// Neighbours are shuffled out of the vectors of h at j - 8, j and j + 8: to load h[j - 1] where h has just been written
+// in other pieces would wait for these writes to reach the cache, longer than a short line takes.
+template <int K, bool kLam, bool kGiven, class A, class Ahead>
+void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length, const Ahead& ahead) {
+  const int64_t last = length - kLanes;
+  if (last < 0) return update_short_lines<K, kLam, kGiven>(lines, w, length);
+  const auto input = [&](int k, int64_t j) __attribute__((always_inline)) {
+    const Lanes<A> x = load8(lines.x[k] + j);
+    return kLam ? rounded_product(load8(lines.lam[k] + j), x) : x;
+  };
+  const Lanes<A> beyond{};
+  // Eight does not divide every length: the last eight positions overlap the ones before, and are computed first.
+  const bool overlap = length % kLanes != 0;
+  Lanes<A> end[K];
+  if (overlap) {
+    const LaneWeights<kGiven, A> weights(w, last, false, true);
+    for (int k = 0; k < K; ++k) {
+      const Lanes<A> here = load8(lines.h[k] + last);
+      end[k] = weights.update(load8(lines.h[k] + last - 1), here, right_of(here, beyond), input(k, last));
+    }
+  }
+  Lanes<A> left[K], here[K];
+  for (int k = 0; k < K; ++k) left[k] = beyond, here[k] = load8(lines.h[k]);
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= length; j += kLanes) {
+    ahead(j);
+    const LaneWeights<kGiven, A> weights(w, j, j == 0, false);
+    for (int k = 0; k < K; ++k) {
+      const Lanes<A> right = load8(lines.h[k] + j + kLanes);
+      store8(lines.next[k] + j,
+             weights.update(left_of(left[k], here[k]), here[k], right_of(here[k], right), input(k, j)));
+      left[k] = here[k];
+      here[k] = right;
+    }
+  }
+  ahead(j);
+  const LaneWeights<kGiven, A> weights(w, j, j == 0, !overlap);
+  for (int k = 0; k < K; ++k) {
+    const Lanes<A> right = overlap ? beyond + lines.h[k][j + kLanes] : beyond;
+    store8(lines.next[k] + j,
+           weights.update(left_of(left[k], here[k]), here[k], right_of(here[k], right), input(k, j)));
+    if (overlap) store8(lines.next[k] + last, end[k]);
+  }
+}
+
+// The first line of a chunk: h' = lam x, whatever the weights.
+template <int K, bool kLam, class A>
+void start_lines(const Lines<K, A>& lines, int64_t length) {
+  for (int k = 0; k < K; ++k) {
+    const A *const x = lines.x[k], *const lam = lines.lam[k];
+    A* const next = lines.next[k];
 #pragma GCC ivdep
-  for (int64_t j = 0; j < length; ++j) next[j] = kLam ? lam[j] * x[j] : x[j];
+    for (int64_t j = 0; j < length; ++j) next[j] = kLam ? lam[j] * x[j] : x[j];
+  }
 }
 
 // out = factor * value, or added to out; a null factor is 1.
@@ -176,7 +215,7 @@ void adjoint_line(const A* __restrict dy, const A* __restrict u, const A* __rest
 }
 
 // v[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1]: what flows to the previous line. The products are shuffled to their
-// places, as the neighbours of update_line are.
+// places, as the neighbours of update_lines are.
 template <bool kGiven, class A>
 void propagate_adjoint_line(const A* g, const Weights<A>& w, A* v, int64_t length) {
   if (length < kLanes) {
@@ -222,7 +261,8 @@ void accumulate_product_line(const A* __restrict a, const A* __restrict b, A* __
   for (int64_t j = 0; j < length; ++j) sum[j] += a[j] * b[j];
 }
 
-// p += g (h[j-1] - h[j]), q += g (h[j+1] - h[j]); at the ends of the line they meet a weight that is zero.
+// p += g (h[j-1] - h[j]), q += g (h[j+1] - h[j]); at the ends of the line they meet a weight that is zero. Reads h one
+// position before and one after the line.
 template <class A>
 void accumulate_differences_line(const A* __restrict g, const A* __restrict h, A* __restrict p, A* __restrict q,
                                  int64_t length) {

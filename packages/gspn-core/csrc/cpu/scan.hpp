@@ -53,10 +53,20 @@ inline void fill_zero(A* p, int64_t count) {
 // go. In a horizontal scan lines are columns, of which every row of a large image holds a piece in a page of its own:
 // twice as many make half as many visits to each page.
 inline int64_t tile_lines(const Params& p, const Scan& scan) {
-  constexpr int64_t kElements = 8192;
+  constexpr int64_t kWhole = 16384, kElements = 8192;
+  const int64_t all = round_up(scan.lines, p.interval);
+  if (p.H * p.W <= kWhole) return all;
   const int64_t fitting = kElements / max64(1, p.interval * scan.length);
-  const int64_t lines = p.interval * max64(fitting, scan.horizontal ? 2 : 1);
-  return min64(lines, round_up(scan.lines, p.interval));
+  return min64(all, p.interval * max64(fitting, scan.horizontal ? 2 : 1));
+}
+
+// Whether a tile holds all lines, in every direction.
+inline bool tiles_are_whole(const Params& p) {
+  for (int d = 0; d < p.D; ++d) {
+    const Scan scan = gspn::make_scan(p, d);
+    if (tile_lines(p, scan) < scan.lines) return false;
+  }
+  return true;
 }
 
 inline int64_t most_tile_lines(const Params& p) {
@@ -111,13 +121,12 @@ inline Plane<S> span_plane(const Plane<S>& plane, const Span& span) {
 
 // A span of a plane: the tensor's own memory where it serves as it is, else a converted copy.
 template <class S, class A>
-inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t length, Scratch<A>& scratch,
-                           int64_t offset = 0) {
+inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t length, A* scratch) {
   const Plane<const S> from = span_plane(plane, span);
   if constexpr (sizeof(S) == sizeof(A)) {
     if (plane.position == 1) return {from.data, from.line};
   }
-  const Tile<A> copy{scratch.get() + offset, span.pitch};
+  const Tile<A> copy{scratch, span.pitch};
   load_tile(from, copy, span.lines, length);
   return {copy.data, copy.pitch};
 }
@@ -156,7 +165,7 @@ class LinePrefetcher {
   }
 
  private:
-  static constexpr int kMost = 8, kCacheLine = 64;
+  static constexpr int kMost = 12, kCacheLine = 64;
   struct PlaneRows {
     const char* data;
     int64_t stride;
@@ -174,8 +183,9 @@ inline bool descends(const Params& p, const Scan& scan, bool forward, int64_t el
 
 // A dense plane as if it were in lines of this scan: a part of the plane for each of the scan's lines. Else nothing.
 template <class S>
-inline Plane<const S> in_parts(const Params& p, const Field& f, const Scan& scan, int64_t n, int64_t c) {
-  const Plane<const S> rows = scan_plane<const S>(f, Scan{false, false, p.H, p.W}, n, 0, c);
+inline Plane<const S> in_parts(const Params& p, const Field& f, const Scan& scan, int64_t n, int64_t d, int64_t c,
+                               int64_t k) {
+  const Plane<const S> rows = scan_plane<const S>(f, Scan{false, false, p.H, p.W}, n, d, c, k);
   const bool dense = rows.position == 1 && rows.line == p.W;
   return {rows.data, scan.length, dense ? 1 : 0};
 }
@@ -191,7 +201,7 @@ class GateTile {
     const int64_t channel = shared_channel(p_, f_, c);
     if (channel == channel_ && d == d_ && span.begin == begin_) return;  // a neighbouring channel has loaded it
     channel_ = channel, d_ = d, begin_ = span.begin;
-    tile_ = fetch<S, A>(scan_plane<const S>(f_, scan, n, d, channel), span, scan.length, scratch_);
+    tile_ = fetch<S, A>(scan_plane<const S>(f_, scan, n, d, channel), span, scan.length, scratch_.get());
   }
   const A* line(int64_t t) const { return f_ ? tile_.line(t) : nullptr; }
 
@@ -214,8 +224,8 @@ class WeightTile {
     if (group == group_ && d == d_ && span.begin == begin_) return;
     group_ = group, d_ = d, begin_ = span.begin;
     for (int64_t k = 0; k < 3; ++k)
-      raw_[k] = fetch<S, A>(scan_plane<const S>(p_.weights, scan, n, d, group, k), span, scan.length, raw_scratch_,
-                            k * capacity_);
+      raw_[k] = fetch<S, A>(scan_plane<const S>(p_.weights, scan, n, d, group, k), span, scan.length,
+                            raw_scratch_.get() + k * capacity_);
     if (!p_.stochastic) return;
     a_ = {normalised_.get(), span.pitch};
     c_ = {normalised_.get() + capacity_, span.pitch};
@@ -257,18 +267,18 @@ void run_tasks(int64_t tasks, int threads, Task task) {
 
 inline bool starts_chunk(const Params& p, int64_t i) { return i == 0 || (p.chunk > 0 && i % p.chunk == 0); }
 
-// One step of the recurrence; h is a line of state, next one too or x itself.
-template <class A, class Ahead = NothingAhead>
-inline void step(const Params& p, int64_t i, const A* h, const Weights<A>& w, const A* x, const A* lam, A* next,
-                 int64_t length, const Ahead& ahead = {}) {
+// One step of the recurrence for K channels. All of them have a gate lam, or none has.
+template <int K, class A, class Ahead = NothingAhead>
+inline void step(const Params& p, int64_t i, const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
+                 const Ahead& ahead = {}) {
+  const bool lam = lines.lam[0] != nullptr;
   if (starts_chunk(p, i)) {
-    lam ? start_line<true>(x, lam, next, length) : start_line<false>(x, lam, next, length);
+    lam ? start_lines<K, true>(lines, length) : start_lines<K, false>(lines, length);
   } else if (w.b == nullptr) {
-    lam ? update_line<true, false>(h, w, x, lam, next, length, ahead)
-        : update_line<false, false>(h, w, x, lam, next, length, ahead);
+    lam ? update_lines<K, true, false>(lines, w, length, ahead)
+        : update_lines<K, false, false>(lines, w, length, ahead);
   } else {
-    lam ? update_line<true, true>(h, w, x, lam, next, length, ahead)
-        : update_line<false, true>(h, w, x, lam, next, length, ahead);
+    lam ? update_lines<K, true, true>(lines, w, length, ahead) : update_lines<K, false, true>(lines, w, length, ahead);
   }
 }
 
@@ -278,6 +288,45 @@ inline int64_t max_length(const Params& p) {
   return length;
 }
 
+// Where the lines of a span of one channel's sum over directions go: into the tensor where it serves as it is, else
+// into a tile that is stored in the end.
+template <class S, class A>
+class SumLines {
+ public:
+  SumLines() = default;
+  // One of the planes is null: sums in the accumulation type, or the tensor.
+  SumLines(const Plane<A>& sums, const Plane<S>& tensor, bool first, const Tile<A>& tile)
+      : sums_(sums),
+        tensor_(tensor),
+        tile_(tile),
+        first_(first),
+        in_place_(sums.data != nullptr && sums.position == 1) {}
+
+  // Whether a line may be written as if nothing were to be added to.
+  bool stores() const { return first_ || !in_place_; }
+  A* line(int64_t t) const { return in_place_ ? sums_.data + t * sums_.line : tile_.line(t); }
+  // Adds (for the first direction: stores) factor * value, where a null factor is 1.
+  void add(int64_t t, const A* value, const A* factor, int64_t length) const {
+    stores() ? scale_line<Write::kStore>(value, factor, line(t), length)
+             : scale_line<Write::kAdd>(value, factor, line(t), length);
+  }
+  void finish(int64_t lines, int64_t length) const {
+    if (in_place_) return;
+    if (sums_.data == nullptr)
+      store_tile<Write::kStore>(tile_, tensor_, lines, length);
+    else if (first_)
+      store_tile<Write::kStore>(tile_, sums_, lines, length);
+    else
+      store_tile<Write::kAdd>(tile_, sums_, lines, length);
+  }
+
+ private:
+  Plane<A> sums_;
+  Plane<S> tensor_;
+  Tile<A> tile_;
+  bool first_ = false, in_place_ = false;
+};
+
 // Sums over directions need the accumulation type: in place where the tensor has it, else in planes of scratch.
 template <class S, class A>
 class SummedPlanes {
@@ -285,19 +334,21 @@ class SummedPlanes {
   SummedPlanes(const Params& p, const Field& out, int64_t n, int64_t c0, int64_t count)
       : p_(p), out_(out), n_(n), c0_(c0), count_(count), planes_(direct() || !out ? 0 : count * p.H * p.W) {}
 
-  // Adds (for the first direction: stores) into channel c of the sum what line_of gives for every line t of the span:
-  // factor * value, as a pair of lines, where a null factor is 1. line_of may instead write the line where it is told,
-  // if that is not null, and return that place.
-  template <class LineOf>
-  void add(const Scan& scan, int64_t d, int64_t c, const Span& span, Scratch<A>& scratch, LineOf line_of) {
+  SumLines<S, A> lines(const Scan& scan, int64_t d, int64_t c, const Span& span, const Tile<A>& tile) const {
+    Plane<A> sums{};
+    Plane<S> tensor{};
     if constexpr (sizeof(S) == sizeof(A)) {
-      add_to(scan_plane<A>(out_, scan, n_, 0, c), scan, d == 0, stream(), span, scratch, line_of);
+      sums = scan_plane<A>(out_, scan, n_, 0, c);
     } else if (direct()) {
-      add_to(scan_plane<S>(out_, scan, n_, 0, c), scan, true, stream(), span, scratch, line_of);
+      tensor = scan_plane<S>(out_, scan, n_, 0, c);
     } else {
-      const Field sums{planes_.get(), count_, 0, 0, p_.H * p_.W, 0, p_.W, 1};
-      add_to(scan_plane<A>(sums, scan, 0, 0, c - c0_), scan, d == 0, stream(), span, scratch, line_of);
+      const Field field{planes_.get(), count_, 0, 0, p_.H * p_.W, 0, p_.W, 1};
+      sums = scan_plane<A>(field, scan, 0, 0, c - c0_);
     }
+    if (sums.data != nullptr) sums = span_plane(sums, span);
+    if (tensor.data != nullptr) tensor = span_plane(tensor, span);
+    sums.stream = tensor.stream = stream();
+    return {sums, tensor, d == 0, tile};
   }
 
   // Converts the sums into the output, after the last direction.
@@ -314,33 +365,6 @@ class SummedPlanes {
   bool direct() const { return sizeof(S) == sizeof(A) || p_.D == 1; }
   // A single direction is not read again here, and the caches do not hold so many planes for whoever reads them next.
   bool stream() const { return p_.D == 1 && p_.N * p_.C * p_.H * p_.W * int64_t(sizeof(S)) >= kStreamBytes; }
-
-  template <class T, class LineOf>
-  static void add_to(Plane<T> plane, const Scan& scan, bool first, bool stream, const Span& span, Scratch<A>& scratch,
-                     LineOf line_of) {
-    plane = span_plane(plane, span);
-    plane.stream = stream;
-    bool in_place = false;
-    if constexpr (sizeof(T) == sizeof(A)) in_place = plane.position == 1;
-    const Tile<A> tile{scratch.get() + kPad, span.pitch};
-    for (int64_t t = 0; t < span.lines; ++t) {
-      A* out = tile.line(t);
-      if constexpr (sizeof(T) == sizeof(A)) {
-        if (in_place) out = plane.data + t * plane.line;
-      }
-      const std::pair<const A*, const A*> value = line_of(t, in_place ? nullptr : out);
-      if (value.first == out) continue;
-      if (first || !in_place)
-        scale_line<Write::kStore>(value.first, value.second, out, scan.length);
-      else
-        scale_line<Write::kAdd>(value.first, value.second, out, scan.length);
-    }
-    if (in_place) return;
-    if (first)
-      store_tile<Write::kStore>(tile, plane, span.lines, scan.length);
-    else
-      store_tile<Write::kAdd>(tile, plane, span.lines, scan.length);
-  }
 
   const Params& p_;
   const Field& out_;

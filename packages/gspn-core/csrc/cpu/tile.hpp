@@ -15,8 +15,8 @@ namespace {
 // With `stream` columns are written past the caches, where their pieces are whole cache lines.
 template <class S>
 struct Plane {
-  S* data;
-  int64_t line, position, ahead = 0;
+  S* data = nullptr;
+  int64_t line = 0, position = 0, ahead = 0;
   bool prefetch = false, stream = false;
 };
 
