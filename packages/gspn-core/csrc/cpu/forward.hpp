@@ -125,7 +125,6 @@ class ForwardTask {
   // What to ask for while K channels from c on are scanned.
   template <int K>
   LinePrefetcher prefetch(const Scan& scan, int d, int64_t c, const Span& span) const {
-    const bool cold = p_.N * p_.C * p_.H * p_.W * int64_t(sizeof(S)) >= kColdBytes;
     const bool descending = descends(p_, scan, true, sizeof(S));
     const int64_t lead = !descending ? 0 : sizeof(S) == sizeof(A) ? 1 : tile_lines(p_, scan);
     LinePrefetcher prefetcher(scan, lead, sizeof(S));
@@ -138,7 +137,7 @@ class ForwardTask {
         if (p_.lam) prefetcher.add(scan_plane<const S>(p_.lam, scan, n_, d, shared_channel(p_, p_.lam, c + k)));
         if (p_.u) prefetcher.add(scan_plane<const S>(p_.u, scan, n_, d, shared_channel(p_, p_.u, c + k)));
       }
-    } else if (cold && (scan.horizontal || scan.reversed) && span.lines == scan.lines) {
+    } else if (is_cold(p_, sizeof(S)) && (scan.horizontal || scan.reversed) && span.lines == scan.lines) {
       // Whole planes in one go: while they are scanned, the memory of their outputs and of the next inputs is asked
       // for.
       const auto add = [&](const Field& f, int64_t channel, int64_t k = 0) {

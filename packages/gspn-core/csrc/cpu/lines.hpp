@@ -87,13 +87,22 @@ struct NothingAhead {
   GSPN_INLINE void operator()(int64_t) const {}
 };
 
-// The weights of eight positions, which all channels of a group share: h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j].
-// Row-stochastic weights use the difference form, h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a
-// constant field exactly constant. A given weight may be anything, NaN too; beyond the line's ends it has no neighbour
-// to weigh.
+// h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j], for a vector or a single position. Row-stochastic weights use the
+// difference form, h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant.
+// Every sum here has one product to be fused with: of two, each copy of this code could take another, and round
+// otherwise.
+template <bool kLam, bool kGiven, class V>
+GSPN_INLINE V updated(V a, V b, V c, V left, V h, V right, V x, V lam) {
+  if (!kGiven) return (kLam ? h + lam * x : h + x) + a * (left - h) + c * (right - h);
+  const V zero{};
+  return (kLam ? zero + lam * x : x) + a * left + b * h + c * right;
+}
+
+// The weights of eight positions, which all channels of a group share. A given weight may be anything, NaN too; beyond
+// the line's ends it has no neighbour to weigh.
 template <bool kGiven, class A>
 struct LaneWeights {
-  Lanes<A> a, b, c;
+  Lanes<A> a, b{}, c;
 
   GSPN_INLINE LaneWeights(const Weights<A>& w, int64_t j, bool first, bool last)
       : a(load8(w.a + j)), c(load8(w.c + j)) {
@@ -102,10 +111,6 @@ struct LaneWeights {
     const Lanes<A> zero{};
     if (first) a = __builtin_shufflevector(a, zero, 8, 1, 2, 3, 4, 5, 6, 7);
     if (last) c = __builtin_shufflevector(c, zero, 0, 1, 2, 3, 4, 5, 6, 8);
-  }
-  // The input first: each sum has one product.
-  GSPN_INLINE Lanes<A> update(Lanes<A> left, Lanes<A> h, Lanes<A> right, Lanes<A> input) const {
-    return kGiven ? input + a * left + b * h + c * right : (h + input) + a * (left - h) + c * (right - h);
   }
 };
 
@@ -121,14 +126,18 @@ template <int K, bool kLam, bool kGiven, class A>
 void update_short_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length) {
   for (int k = 0; k < K; ++k) {
     const A *const h = lines.h[k], *const x = lines.x[k], *const lam = lines.lam[k];
-    for (int64_t j = 0; j < length; ++j) {
-      const bool has_left = j > 0, has_right = j < length - 1;
-      const A input = kLam ? rounded_product(lam[j], x[j]) : x[j], left = has_left ? h[j - 1] : A(0),
-              right = has_right ? h[j + 1] : A(0);
-      const A a = kGiven && !has_left ? A(0) : w.a[j], c = kGiven && !has_right ? A(0) : w.c[j];
-      lines.next[k][j] = kGiven ? input + a * left + w.b[j] * h[j] + c * right
-                                : (h[j] + input) + a * (left - h[j]) + c * (right - h[j]);
+    A* const next = lines.next[k];
+    const auto update = [&](int64_t j, A a, A c, A left, A right) __attribute__((always_inline)) {
+      next[j] = updated<kLam, kGiven>(a, kGiven ? w.b[j] : A(0), c, left, h[j], right, x[j], kLam ? lam[j] : A(1));
+    };
+    const int64_t last = length - 1;
+    if (last == 0) {
+      update(0, A(0), A(0), A(0), A(0));
+      continue;
     }
+    update(0, A(0), w.c[0], A(0), h[1]);
+    for (int64_t j = 1; j < last; ++j) update(j, w.a[j], w.c[j], h[j - 1], h[j + 1]);
+    update(last, w.a[last], A(0), h[last - 1], A(0));
   }
 }
 
@@ -138,11 +147,12 @@ template <int K, bool kLam, bool kGiven, class A, class Ahead>
 void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length, const Ahead& ahead) {
   const int64_t last = length - kLanes;
   if (last < 0) return update_short_lines<K, kLam, kGiven>(lines, w, length);
-  const auto input = [&](int k, int64_t j) __attribute__((always_inline)) {
-    const Lanes<A> x = load8(lines.x[k] + j);
-    return kLam ? rounded_product(load8(lines.lam[k] + j), x) : x;
-  };
   const Lanes<A> beyond{};
+  const auto update = [&](const LaneWeights<kGiven, A>& w8, int k, int64_t j, Lanes<A> left, Lanes<A> h, Lanes<A> right)
+                          __attribute__((always_inline)) {
+                            return updated<kLam, kGiven>(w8.a, w8.b, w8.c, left, h, right, load8(lines.x[k] + j),
+                                                         kLam ? load8(lines.lam[k] + j) : beyond);
+                          };
   // Eight does not divide every length: the last eight positions overlap the ones before, and are computed first.
   const bool overlap = length % kLanes != 0;
   Lanes<A> end[K];
@@ -150,7 +160,7 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
     const LaneWeights<kGiven, A> weights(w, last, false, true);
     for (int k = 0; k < K; ++k) {
       const Lanes<A> here = load8(lines.h[k] + last);
-      end[k] = weights.update(load8(lines.h[k] + last - 1), here, right_of(here, beyond), input(k, last));
+      end[k] = update(weights, k, last, load8(lines.h[k] + last - 1), here, right_of(here, beyond));
     }
   }
   Lanes<A> left[K], here[K];
@@ -161,8 +171,7 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
     const LaneWeights<kGiven, A> weights(w, j, j == 0, false);
     for (int k = 0; k < K; ++k) {
       const Lanes<A> right = load8(lines.h[k] + j + kLanes);
-      store8(lines.next[k] + j,
-             weights.update(left_of(left[k], here[k]), here[k], right_of(here[k], right), input(k, j)));
+      store8(lines.next[k] + j, update(weights, k, j, left_of(left[k], here[k]), here[k], right_of(here[k], right)));
       left[k] = here[k];
       here[k] = right;
     }
@@ -171,8 +180,7 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
   const LaneWeights<kGiven, A> weights(w, j, j == 0, !overlap);
   for (int k = 0; k < K; ++k) {
     const Lanes<A> right = overlap ? beyond + lines.h[k][j + kLanes] : beyond;
-    store8(lines.next[k] + j,
-           weights.update(left_of(left[k], here[k]), here[k], right_of(here[k], right), input(k, j)));
+    store8(lines.next[k] + j, update(weights, k, j, left_of(left[k], here[k]), here[k], right_of(here[k], right)));
     if (overlap) store8(lines.next[k] + last, end[k]);
   }
 }

@@ -95,8 +95,14 @@ inline Plane<S> scan_plane(const Field& f, const Scan& scan, int64_t n, int64_t 
 }
 
 constexpr int64_t kPrefetchBytes = 64 * 1024;       // smaller planes stay in the cache between their tiles
-constexpr int64_t kColdBytes = 4 * 1024 * 1024;     // larger inputs come from memory, smaller ones from a cache
+constexpr int64_t kColdBytes = 14 * 1024 * 1024;    // more come from memory, fewer from a cache
 constexpr int64_t kStreamBytes = 64 * 1024 * 1024;  // larger outputs do not stay in any cache
+
+// Whether what the forward pass reads and writes comes from memory.
+inline bool is_cold(const Params& p, int64_t element) {
+  const int64_t per_direction = 3 * p.weights.channels + (p.lam ? p.lam.channels : 0) + (p.u ? p.u.channels : 0);
+  return p.N * (2 * p.C + p.D * per_direction) * p.H * p.W * element >= kColdBytes;
+}
 
 inline bool is_large(const Params& p, int64_t element) { return p.H * p.W * element >= kPrefetchBytes; }
 

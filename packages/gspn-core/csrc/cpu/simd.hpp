@@ -153,20 +153,6 @@ GSPN_INLINE double load1(const double* p) { return *p; }
 GSPN_INLINE void store1(float* p, float value) { *p = value; }
 GSPN_INLINE void store1(double* p, double value) { *p = value; }
 
-// a b, rounded before anything is added to it. Where a sum has one more product, the compiler would be free to fuse
-// either of the two, in each copy of the code another, and results would differ with the copy that is run.
-template <class V>
-GSPN_INLINE V rounded_product(V a, V b) {
-#if defined(__clang__)
-#pragma clang fp contract(off)
-  return a * b;
-#elif __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(a * b);
-#else
-  return a * b;
-#endif
-}
-
 // Eight positions one to the left or to the right of `here`, of which the neighbouring vectors hold one.
 template <class V>
 GSPN_INLINE V left_of(V left, V here) {
