@@ -66,6 +66,14 @@ def test_outputs_larger_than_the_caches(dtype, directions, isa):
     assert torch.equal(horizontal, vertical.mT)
 
 
+@pytest.mark.parametrize("n,groups", [(5, 1), (3, 13), (2, 39)])
+def test_small_planes_beyond_the_caches(n, groups):
+    """Whole planes, the next of which are asked for; 39 channels do not fill the last task, nor the last pair."""
+    inputs = propagate_inputs(n, 39, 56, 57, groups=groups, lam=13, u=39, dtype=torch.float32)
+    assert sum(t.numel() * t.element_size() for t in inputs) > 14 * 2**20
+    check_propagate(inputs)
+
+
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks(dtype, chunk_size):
