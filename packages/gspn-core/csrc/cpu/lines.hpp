@@ -1,6 +1,7 @@
 // The arithmetic of one line: plain loops over contiguous positions, which the compiler vectorises, and the recurrence
 // itself in vectors of eight lanes.
-// No function here reads or writes beyond a line, but for those that say so.
+// No function here reads or writes beyond a line, but for those that say so. Lines shorter than a vector are always
+// in scratch memory, which has room for one.
 #pragma once
 
 #include <cstdint>
@@ -121,23 +122,23 @@ struct Lines {
   A* next[K];
 };
 
-// Lines shorter than a vector.
+// Lines shorter than a vector. Eight positions of each are read; of the next state all are written, beyond the length
+// as zero.
 template <int K, bool kLam, bool kGiven, class A>
 void update_short_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length) {
+  const Lanes<A> position = {0, 1, 2, 3, 4, 5, 6, 7}, beyond{};
+  Lanes<A> a = load8(w.a), b{}, c = load8(w.c);
+  if (kGiven) {
+    a = __builtin_shufflevector(a, beyond, 8, 1, 2, 3, 4, 5, 6, 7);
+    b = load8(w.b);
+    c = position < A(length - 1) ? c : beyond;
+  }
   for (int k = 0; k < K; ++k) {
-    const A *const h = lines.h[k], *const x = lines.x[k], *const lam = lines.lam[k];
-    A* const next = lines.next[k];
-    const auto update = [&](int64_t j, A a, A c, A left, A right) __attribute__((always_inline)) {
-      next[j] = updated<kLam, kGiven>(a, kGiven ? w.b[j] : A(0), c, left, h[j], right, x[j], kLam ? lam[j] : A(1));
-    };
-    const int64_t last = length - 1;
-    if (last == 0) {
-      update(0, A(0), A(0), A(0), A(0));
-      continue;
-    }
-    update(0, A(0), w.c[0], A(0), h[1]);
-    for (int64_t j = 1; j < last; ++j) update(j, w.a[j], w.c[j], h[j - 1], h[j + 1]);
-    update(last, w.a[last], A(0), h[last - 1], A(0));
+    const Lanes<A> lam = kLam ? load8(lines.lam[k]) : beyond, h = load8(lines.h[k]);
+    const Lanes<A> here = position < A(length) ? h : beyond;
+    const Lanes<A> next =
+        updated<kLam, kGiven>(a, b, c, left_of(beyond, here), here, right_of(here, beyond), load8(lines.x[k]), lam);
+    store8(lines.next[k], position < A(length) ? next : beyond);
   }
 }
 

@@ -125,12 +125,18 @@ inline Plane<S> span_plane(const Plane<S>& plane, const Span& span) {
   return {plane.data + span.begin * plane.line, plane.line, plane.position, span.ahead * plane.line, span.prefetch};
 }
 
+// Whether lines can be worked on where they stand.
+template <class S>
+inline bool serves_as_lines(const Plane<S>& plane, int64_t length) {
+  return plane.position == 1 && length >= kLanes;
+}
+
 // A span of a plane: the tensor's own memory where it serves as it is, else a converted copy.
 template <class S, class A>
 inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t length, A* scratch) {
   const Plane<const S> from = span_plane(plane, span);
   if constexpr (sizeof(S) == sizeof(A)) {
-    if (plane.position == 1) return {from.data, from.line};
+    if (serves_as_lines(plane, length)) return {from.data, from.line};
   }
   const Tile<A> copy{scratch, span.pitch};
   load_tile(from, copy, span.lines, length);
@@ -301,12 +307,12 @@ class SumLines {
  public:
   SumLines() = default;
   // One of the planes is null: sums in the accumulation type, or the tensor.
-  SumLines(const Plane<A>& sums, const Plane<S>& tensor, bool first, const Tile<A>& tile)
+  SumLines(const Plane<A>& sums, const Plane<S>& tensor, bool first, const Tile<A>& tile, int64_t length)
       : sums_(sums),
         tensor_(tensor),
         tile_(tile),
         first_(first),
-        in_place_(sums.data != nullptr && sums.position == 1) {}
+        in_place_(sums.data != nullptr && serves_as_lines(sums, length)) {}
 
   // Whether a line may be written as if nothing were to be added to.
   bool stores() const { return first_ || !in_place_; }
@@ -354,7 +360,7 @@ class SummedPlanes {
     if (sums.data != nullptr) sums = span_plane(sums, span);
     if (tensor.data != nullptr) tensor = span_plane(tensor, span);
     sums.stream = tensor.stream = stream();
-    return {sums, tensor, d == 0, tile};
+    return {sums, tensor, d == 0, tile, scan.length};
   }
 
   // Converts the sums into the output, after the last direction.
