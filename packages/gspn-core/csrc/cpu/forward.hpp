@@ -20,6 +20,7 @@ inline int64_t forward_block(const Params& p, int64_t element_size) {
   return tiles_are_whole(p) ? block / group * group : group;
 }
 
+// Some channels of one image, in all directions.
 template <class S, class A = Accumulator<S>>
 class ForwardTask {
  public:
@@ -138,8 +139,7 @@ class ForwardTask {
         if (p_.u) prefetcher.add(scan_plane<const S>(p_.u, scan, n_, d, shared_channel(p_, p_.u, c + k)));
       }
     } else if (is_cold(p_, sizeof(S)) && (scan.horizontal || scan.reversed) && span.lines == scan.lines) {
-      // Whole planes in one go: while they are scanned, the memory of their outputs and of the next inputs is asked
-      // for.
+      // Whole planes: while they are scanned, their outputs and the next inputs are asked for.
       const auto add = [&](const Field& f, int64_t channel, int64_t k = 0) {
         prefetcher.add(in_parts<S>(p_, f, scan, n_, d, channel, k));
       };
