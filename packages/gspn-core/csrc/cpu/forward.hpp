@@ -1,5 +1,5 @@
-// Forward: y = sum_d u_d h_d. A task owns a block of channels of one image and one weight group, and all directions
-// of it, so that every output is written by one thread, in a fixed order.
+// Forward: y = sum_d u_d h_d. A task owns a block of channels of one image, and all directions of it, so that every
+// output is written by one thread, in a fixed order.
 #pragma once
 
 #include "scan.hpp"

@@ -88,10 +88,9 @@ struct NothingAhead {
   GSPN_INLINE void operator()(int64_t) const {}
 };
 
-// h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j], for a vector or a single position. Row-stochastic weights use the
-// difference form, h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant.
-// Every sum here has one product to be fused with: of two, each copy of this code could take another, and round
-// otherwise.
+// h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j]. Row-stochastic weights use the difference form,
+// h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Every sum here has
+// one product to be fused with: of two, each copy of this code could take another, and round otherwise.
 template <bool kLam, bool kGiven, class V>
 GSPN_INLINE V updated(V a, V b, V c, V left, V h, V right, V x, V lam) {
   if (!kGiven) return (kLam ? h + lam * x : h + x) + a * (left - h) + c * (right - h);
