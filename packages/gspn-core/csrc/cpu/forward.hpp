@@ -138,8 +138,10 @@ class ForwardTask {
         if (p_.lam) prefetcher.add(scan_plane<const S>(p_.lam, scan, n_, d, shared_channel(p_, p_.lam, c + k)));
         if (p_.u) prefetcher.add(scan_plane<const S>(p_.u, scan, n_, d, shared_channel(p_, p_.u, c + k)));
       }
-    } else if (is_cold(p_, sizeof(S)) && (scan.horizontal || scan.reversed) && span.lines == scan.lines) {
-      // Whole planes: while they are scanned, their outputs and the next inputs are asked for.
+    } else if (is_cold(p_, sizeof(S)) && (scan.horizontal || scan.reversed) && span.lines == scan.lines &&
+               p_.H * p_.W * int64_t(sizeof(S)) >= kNearBytes / 2) {
+      // Whole planes: while they are scanned, their outputs and the next inputs are asked for. (Of smaller ones
+      // prefetch_near has asked for the next.)
       const auto add = [&](const Field& f, int64_t channel, int64_t k = 0) {
         prefetcher.add(in_parts<S>(p_, f, scan, n_, d, channel, k));
       };
