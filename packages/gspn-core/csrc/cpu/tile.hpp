@@ -74,9 +74,10 @@ GSPN_INLINE void prefetch_rows(const Plane<S>& plane, int64_t row, int64_t lengt
     if (plane.ahead == 0 || row < 0 || row + kLanes > length) return;
   }
   for (int64_t r = row; r < row + kLanes; ++r) {
-    const char* first = reinterpret_cast<const char*>(data + r * plane.position);
-    for (int64_t byte = 0; byte < row_elements * int64_t(sizeof(S)); byte += kCacheLine)
-      __builtin_prefetch(first + byte, 0, 2);
+    const char* line = reinterpret_cast<const char*>(data + r * plane.position);
+    const char* const end = line + row_elements * int64_t(sizeof(S));
+    for (line -= reinterpret_cast<uintptr_t>(line) % kCacheLine; line < end; line += kCacheLine)
+      __builtin_prefetch(line, 0, 2);
   }
 }
 
