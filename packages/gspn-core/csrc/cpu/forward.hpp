@@ -140,8 +140,8 @@ class ForwardTask {
       }
     } else if (is_cold(p_, sizeof(S)) && (scan.horizontal || scan.reversed) && span.lines == scan.lines &&
                p_.H * p_.W * int64_t(sizeof(S)) >= kNearBytes / 2) {
-      // Whole planes: while they are scanned, their outputs and the next inputs are asked for. (Of smaller ones
-      // prefetch_near has asked for the next.)
+      // Whole planes: while they are scanned, their outputs and the next inputs are asked for. Not for
+      // smaller planes: of columns prefetch_near has asked for the next one, and rows go no faster for it.
       const auto add = [&](const Field& f, int64_t channel, int64_t k = 0) {
         prefetcher.add(in_parts<S>(p_, f, scan, n_, d, channel, k));
       };

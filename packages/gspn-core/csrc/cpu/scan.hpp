@@ -177,7 +177,7 @@ class LinePrefetcher {
   }
 
  private:
-  static constexpr int kMost = 12, kCacheLine = 64;
+  static constexpr int kMost = 12;
   struct PlaneRows {
     const char* data;
     int64_t stride;

@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 // Where line i, position j of a plane stands: data + i * line + j * position. Turning columns into lines visits every
 // row of the image for a short piece, which the processor's own prefetchers do not follow: with `prefetch` each visit
 // asks for a piece some rows further on, after the last row for one of the next tile, `ahead` elements away (0: none).
@@ -64,7 +66,7 @@ inline void make_ascending(Plane<S>& plane, Tile<A>& tile, int64_t lines) {
 template <class S>
 GSPN_INLINE void prefetch_rows(const Plane<S>& plane, int64_t row, int64_t length, int64_t row_elements) {
   // Far enough for the latency of memory. No power of two: rows of a power of two would meet in one set of the cache.
-  constexpr int64_t kAhead = 72, kCacheLine = 64;
+  constexpr int64_t kAhead = 72;
   if (!plane.prefetch) return;
   row += kAhead;
   S* data = plane.data;
@@ -81,14 +83,14 @@ GSPN_INLINE void prefetch_rows(const Plane<S>& plane, int64_t row, int64_t lengt
   }
 }
 
-constexpr int64_t kNearBytes = 8192;
+constexpr int64_t kNearBytes = 8192;  // far enough for the latency of the cache that cores share
 
 // For a block of a tile that holds whole rows of a dense plane: asks for as much as the block, kNearBytes further on.
 // Blocks jump from row to row, which the processor's own prefetchers do not take for the stream it is. Behind the last
 // row the next channel's first is asked for. Inlined by force, as prefetch_rows is.
 template <class S>
 GSPN_INLINE void prefetch_near(const S* rows, int64_t line) {
-  constexpr int64_t kCacheLine = 64, kBlock = kLanes * kLanes * int64_t(sizeof(S));
+  constexpr int64_t kBlock = kLanes * kLanes * int64_t(sizeof(S));
   const char* const first = reinterpret_cast<const char*>(rows) + kNearBytes + line / kLanes * kBlock;
   for (int64_t byte = 0; byte < kBlock; byte += kCacheLine) __builtin_prefetch(first + byte, 0, 2);
 }
@@ -167,7 +169,6 @@ void load_tile(Plane<const S> src, Tile<A> dst, int64_t lines, int64_t length) {
 // Whether every row of a tile begins a cache line.
 template <class S>
 inline bool begins_cache_lines(const Plane<S>& plane) {
-  constexpr uintptr_t kCacheLine = 64;
   return (reinterpret_cast<uintptr_t>(plane.data) | uintptr_t(plane.position) * sizeof(S)) % kCacheLine == 0;
 }
 
