@@ -66,6 +66,29 @@ def test_outputs_larger_than_the_caches(dtype, directions, isa):
     assert torch.equal(horizontal, vertical.mT)
 
 
+@pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bands(dtype, direction, isa):
+    """Many planes with weights of their own are scanned in bands, to the same bits as these planes alone. Weights of
+    the first line, and those that have no neighbour to weigh, have no effect."""
+    h, w = 144, 1280
+    planes = (1 << 26) // (h * w * dtype.itemsize) + 2  # 64 MiB
+    x, dy = randn(2, 2, h, w, dtype=dtype)
+    weights = torch.rand(2, 3, h, w, generator=torch.Generator().manual_seed(0)).to(dtype) / 3
+    weights[:, 0, 0] = weights[:, 2, -1] = torch.nan
+    weights[..., 0 if direction == "left_to_right" else -1] = torch.nan
+
+    def scan(index):
+        inputs = [x[index].requires_grad_(), weights[index].requires_grad_()]
+        y = line_scan(*inputs, direction=direction)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy[index])]
+
+    index = torch.randint(2, (2, planes // 2), generator=torch.Generator().manual_seed(1))
+    for ours, wanted in zip(scan(index), scan(torch.tensor([[0, 1]])), strict=True):
+        assert wanted.isfinite().all()
+        assert torch.equal(ours, wanted[0, index])
+
+
 @pytest.mark.parametrize("n,groups", [(5, 1), (3, 13), (2, 39)])
 def test_small_planes_beyond_the_caches(n, groups):
     """Whole planes, the next of which are asked for; 39 channels do not fill the last task, nor the last pair."""

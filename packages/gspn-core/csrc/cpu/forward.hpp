@@ -2,7 +2,7 @@
 // output is written by one thread, in a fixed order.
 #pragma once
 
-#include "scan.hpp"
+#include "bands.hpp"
 
 namespace {
 
@@ -172,6 +172,9 @@ class ForwardTask {
 
 template <class S>
 void forward_all(const Params& p) {
+  if constexpr (sizeof(Accumulator<S>) == sizeof(float)) {
+    if (serves_as_bands<S>(p)) return forward_bands<S>(p);
+  }
   const int64_t group = p.C / p.weights.channels, block = forward_block(p, sizeof(Accumulator<S>));
   const int64_t unit = max64(group, block);  // channels after which a task ends in any case
   const int64_t units = (p.C + unit - 1) / unit, blocks = (unit + block - 1) / block;

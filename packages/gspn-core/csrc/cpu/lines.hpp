@@ -90,12 +90,13 @@ struct NothingAhead {
 
 // h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j]. Row-stochastic weights use the difference form,
 // h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Every sum here has
-// one product to be fused with: of two, each copy of this code could take another, and round otherwise.
+// one product to be fused with: of two, each copy of this code could take another, and round otherwise. Given weights
+// begin with the neighbour that bands.hpp has at hand, while it moves the others into place.
 template <bool kLam, bool kGiven, class V>
 GSPN_INLINE V updated(V a, V b, V c, V left, V h, V right, V x, V lam) {
   if (!kGiven) return (kLam ? h + lam * x : h + x) + a * (left - h) + c * (right - h);
   const V zero{};
-  return (kLam ? zero + lam * x : x) + a * left + b * h + c * right;
+  return (kLam ? zero + lam * x : x) + c * right + b * h + a * left;
 }
 
 // The weights of eight positions, which all channels of a group share. A given weight may be anything, NaN too; beyond

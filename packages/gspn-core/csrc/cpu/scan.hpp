@@ -106,6 +106,13 @@ inline bool is_cold(const Params& p, int64_t element) {
 
 inline bool is_large(const Params& p, int64_t element) { return p.H * p.W * element >= kPrefetchBytes; }
 
+// Whether the output is written past the caches: a single direction is not read again here, and the caches do not hold
+// so many planes for whoever reads them next.
+template <class S>
+bool streams(const Params& p) {
+  return p.D == 1 && p.N * p.C * p.H * p.W * int64_t(sizeof(S)) >= kStreamBytes;
+}
+
 // The lines [begin, begin + lines) of a scan that are worked on together.
 struct Span {
   int64_t begin, lines;
@@ -359,7 +366,7 @@ class SummedPlanes {
     }
     if (sums.data != nullptr) sums = span_plane(sums, span);
     if (tensor.data != nullptr) tensor = span_plane(tensor, span);
-    sums.stream = tensor.stream = stream();
+    sums.stream = tensor.stream = streams<S>(p_);
     return {sums, tensor, d == 0, tile, scan.length};
   }
 
@@ -375,8 +382,6 @@ class SummedPlanes {
 
  private:
   bool direct() const { return sizeof(S) == sizeof(A) || p_.D == 1; }
-  // A single direction is not read again here, and the caches do not hold so many planes for whoever reads them next.
-  bool stream() const { return p_.D == 1 && p_.N * p_.C * p_.H * p_.W * int64_t(sizeof(S)) >= kStreamBytes; }
 
   const Params& p_;
   const Field& out_;
