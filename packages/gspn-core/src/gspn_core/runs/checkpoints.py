@@ -1,0 +1,226 @@
+"""The folder of a run's checkpoints: safetensors and JSON, put in force as a whole or not at all.
+
+    checkpoints/
+      index.json                 {"latest": "step-00010000", "best": "step-00008000"}; best only where there is one
+      step-00010000/
+        ...                      the model, in the form of its own library, and its averaged weights
+        optimizer.safetensors    the optimizer's tensors
+        state.json               everything else
+
+A folder is written under another name and renamed when all of it has reached the disk; only then does the index, which
+alone says what counts, name it. Folders that the index does not name may be leftovers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .errors import WriteError
+from .files import make_folder, read_json, read_tensors, replacing_folder, store_tensors, write_json
+
+INDEX = "index.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return the names of the latest and, where there is one, the best checkpoint; empty if there is none."""
+    index: dict[str, str] = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    return index
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a folder of checkpoints, if any."""
+    index = read_index(folder)
+    return folder / index["latest"] if index else None
+
+
+def name_of(step: int) -> str:
+    """Return the name of the checkpoint after so many updates."""
+    return f"step-{step:08d}"
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    best: str | None = None,
+) -> Path:
+    """Write a checkpoint, put it in force, and remove old ones.
+
+    Args:
+        folder: of checkpoints; created if missing.
+        step: updates so far.
+        tensors: by file name.
+        texts: further files, such as the model's configuration, by name.
+        state: plain JSON values.
+        keep: newest checkpoints to keep, this one among them.
+        best: name of the best checkpoint from now on, which is kept too.
+
+    Raises:
+        WriteError: the disk is full or not writable; older checkpoints are as they were.
+    """
+    final = folder / name_of(step)
+    try:
+        make_folder(folder)
+        with replacing_folder(final) as temporary:
+            for name, values in tensors.items():
+                store_tensors(temporary / name, values)
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_json(folder / INDEX, {"latest": final.name} | ({} if best is None else {"best": best}))
+    except WriteError as error:
+        raise WriteError(f"{error}; last good checkpoint: {latest(folder) or 'none'}") from error
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    whole = [path for path in folders if not path.name.startswith(".")]
+    kept = {*whole[-keep:], final, folder / (best or final.name)}
+    for path in set(folders) - kept:
+        shutil.rmtree(path)
+    return final
+
+
+def locate(path: str | Path, model_file: str, which: str = "latest") -> Path:
+    """Return the folder of a checkpoint or model.
+
+    Args:
+        path: a run's folder, its folder of checkpoints, one checkpoint's folder, or a saved model's.
+        model_file: a file that every folder of a model has.
+        which: "latest" or "best", for a run; without a best one, the latest.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    for folder in (path / "checkpoints", path):
+        index = read_index(folder)
+        if index:
+            return folder / index.get(which, index["latest"])
+    if (path / model_file).is_file():
+        return path
+    raise FileNotFoundError(f"no checkpoint in {str(path)!r}")
+
+
+def read_state(checkpoint: Path, format: str) -> dict[str, Any]:
+    """Return a checkpoint's JSON values; empty for the folder of a model that is not a checkpoint.
+
+    Raises:
+        ValueError: it is damaged or of another format.
+    """
+    if not (checkpoint / STATE).is_file():
+        return {}
+    state: dict[str, Any] = read_json(checkpoint / STATE)
+    if state.get("format") != format:
+        raise ValueError(f"{checkpoint} must be a checkpoint of the format {format!r}, got {state.get('format')!r}")
+    return state
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Load weights that must fit exactly.
+
+    Raises:
+        ValueError: names or shapes differ, as of another model; the message names the first.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        want = tuple(own[name].shape) if name in own else "absent"
+        have = tuple(weights[name].shape) if name in weights else "absent"
+        if want != have:
+            raise ValueError(f"{origin} holds the weights of another model: {name} must be {want}, got {have}")
+    model.load_state_dict(weights)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimizer's state as tensors and JSON values, by the parameters' names.
+
+    Raises:
+        ValueError: the optimizer keeps something that is neither.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    try:
+        flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    except NotImplementedError as error:
+        raise ValueError(f"the state of {type(optimizer).__name__} cannot be stored: {error}") from error
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    values = {name: value for name, value in flat.items() if name not in tensors}
+    for name, value in values.items():
+        if not _is_json(value):
+            raise ValueError(
+                f"the state of {type(optimizer).__name__} cannot be stored: {name} is a {type(value).__name__}"
+            )
+    return tensors, values
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_json(entry) for entry in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, values: Mapping[str, Any]
+) -> None:
+    """Restore an optimizer's state from a checkpoint's tensors and the JSON values of `optimizer_state`."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    # JSON has no tuples; AdamW's betas are one.
+    flat: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    flat |= read_tensors(checkpoint / OPTIMIZER)
+    set_optimizer_state_dict(model, optimizer, flat, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+
+def pack(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None, scaler: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what training keeps beside weights: the optimizer's tensors, and JSON values for the state.
+
+    Args:
+        model, optimizer: of the run.
+        average: of `runs.training.averaged`; its weights are stored apart.
+        scaler: the gradient scaler of float16 training, if any.
+
+    Raises:
+        ValueError: as `optimizer_state`.
+    """
+    tensors, values = optimizer_state(model, optimizer)
+    return tensors, {
+        "optimizer": values,
+        "averaged": None if average is None else int(average.n_averaged),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+
+
+def unpack(
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    average_file: str,
+    scaler: Any,
+) -> None:
+    """Restore what `pack` returned, and the averaged weights from their file in the checkpoint.
+
+    Raises:
+        FileNotFoundError: a file is missing; ValueError: one is damaged or of another model.
+    """
+    restore_optimizer(model, optimizer, checkpoint, state["optimizer"])
+    if average is not None:
+        load_weights(average.module, read_tensors(checkpoint / average_file), checkpoint)
+        average.n_averaged.fill_(state["averaged"])
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])

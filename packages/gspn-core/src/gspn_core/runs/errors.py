@@ -1,0 +1,40 @@
+"""Errors of work that failed although the call was right: exit status 1. What a user can mend is a ValueError: 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or not a number."""
+
+
+class WriteError(OSError):
+    """A file cannot be written: the disk is full, or the folder is not writable."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory was not enough, on an accelerator or on the CPU."""
+    # torch raises a RuntimeError on the CPU, and a class derived from it on accelerators.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+    )
+
+
+@contextmanager
+def explaining_memory(savers: Mapping[str, bool], otherwise: str = "a smaller image_size") -> Iterator[None]:
+    """Turn running out of memory into a MemoryError that says what saves some.
+
+    Args:
+        savers: options with values that save memory, such as "--batch-size 1", and whether each would change anything.
+        otherwise: what is left to try when none would.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = ", ".join(name for name, useful in savers.items() if useful) or otherwise
+        raise MemoryError(f"out of memory; what saves some: {advice} ({str(error).partition(chr(10))[0]})") from error

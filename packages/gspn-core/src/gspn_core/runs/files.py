@@ -1,0 +1,189 @@
+"""Files written so that a crash, or a full disk, never leaves half a one in the place of a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import WriteError
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _default_mode(folder: Path) -> int:
+    """Return the permissions of new files by the umask; those that safetensors creates are their owner's alone."""
+    probe = folder / f".mode.{os.getpid()}.tmp"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Give a temporary path beside `path`; what was written there replaces it, whole, if the block ends well.
+
+    The temporary path ends in `suffix`, for writers that go by it.
+
+    The file is on the disk then, with the permissions of the umask. If the block raises, the temporary file is gone and
+    `path` is as it was.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    # Named by the process: several may write files into one folder.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
+    try:
+        mode = _default_mode(path.parent)
+        yield temporary
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path`, which need not exist; as `replacing`, for folders without subfolders.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        mode = _default_mode(temporary)
+        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(mode)
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, whole or not at all, creating its folder if there is none.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    make_folder(path.parent)
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder with its parents; it may exist.
+
+    Raises:
+        WriteError: it cannot be created.
+        ValueError: something else has its name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"out must name a folder, got the file {str(path)!r}") from None
+    except OSError as error:
+        raise WriteError(f"cannot create the folder {path}: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; marked as torch's, which diffusers asks for.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    with replacing(path) as temporary:
+        store_tensors(temporary, tensors, metadata)
+
+
+def store_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in a folder that is replaced as a whole; as `write_tensors`."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, {"format": "pt", **(metadata or {})})
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none; ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is none; ValueError: it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {str(path.parent)!r}")
+    try:
+        return load_file(path, device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def check_record(path: Path, settings: Mapping[str, Any], free: Collection[str] = (), option: str = "out") -> None:
+    """Compare the settings that a folder's results were made with, as its record has them, with those of now.
+
+    Args:
+        path: the record, a JSON file; a folder without one holds nothing yet.
+        settings: plain JSON values that the results depend on.
+        free: settings that may differ.
+        option: that names the folder.
+
+    Raises:
+        ValueError: one differs; the message names the first.
+    """
+    if not path.is_file():
+        return
+    before = read_json(path)
+    for key, value in settings.items():
+        if key not in free and before.get(key) != value:
+            raise ValueError(
+                f"{path.parent} holds results of other settings: {key} was {before.get(key)!r}, is {value!r}; "
+                f"give another folder as `{option}`"
+            )

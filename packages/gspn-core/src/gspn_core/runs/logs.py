@@ -1,0 +1,80 @@
+"""A run's logs: CSV tables and TensorBoard's files, both right after a continuation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import write_text
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the whole rows of a CSV file, without a last one that was torn; none if there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [row for row in rows if None not in row.values()]
+
+
+class Log:
+    """The tables of a run, such as `train.csv`, and the same numbers in `tensorboard/` as `train/loss` and so on.
+
+    Opening it after an interruption drops the rows past the step that the run continues from.
+
+    Args:
+        folder: of the run.
+        tables: the columns of each table, by its name; a first column `step` is added.
+        step: updates so far.
+        tensorboard: write TensorBoard's files too.
+    """
+
+    def __init__(self, folder: Path, tables: Mapping[str, Sequence[str]], step: int, *, tensorboard: bool) -> None:
+        self._files: dict[str, Any] = {}
+        self._rows: dict[str, csv.DictWriter[str]] = {}
+        for name, columns in tables.items():
+            path, names = folder / f"{name}.csv", ["step", *columns]
+            text = io.StringIO()
+            writer = csv.DictWriter(text, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in read_table(path) if int(row["step"]) <= step)
+            write_text(path, text.getvalue())
+            self._files[name] = path.open("a", encoding="utf-8", newline="")
+            self._rows[name] = csv.DictWriter(self._files[name], names, lineterminator="\n")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, table: str, step: int, **values: float | None) -> None:
+        """Append a row to a table; None leaves a field empty."""
+        self._rows[table].writerow({"step": step, **values})
+        self._files[table].flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(f"{table}/{name}", value, step)
+
+    def add_image(self, name: str, step: int, image: Any) -> None:
+        """Put an image, (H, W, 3) uint8, on TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Wait until the rows have reached the disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        if self._board is not None:
+            self._board.close()

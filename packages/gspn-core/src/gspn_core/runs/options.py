@@ -1,0 +1,278 @@
+"""Options: a keyword-only dataclass becomes a command line, YAML files and the record of a run.
+
+Every field is an option: `image_size` is written `--image-size`. Its type is checked, its line in the docstring's
+Args is the help, and its default the default. A switch is `--npz` or `--no-npz`; a list is written as words,
+`--classes 3 5`, and in YAML as a list; `null` turns off what can be off. `--config` reads YAML files of these names:
+later ones override earlier ones, and the command line all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+Config = TypeVar("Config")
+
+Device = Literal["auto", "cpu"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Resume = Literal["auto", "never"]
+Unreadable = Literal["stop", "skip"]
+LRSchedule = Literal["cosine", "linear", "constant", "poly", "tanh"]
+
+
+class ImageSize:
+    """Height and width in pixels, written 224 (a square) or 512x768 (height x width)."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+
+    @classmethod
+    def parse(cls, value: Any) -> ImageSize:
+        """Read 224, "224", "512x768" or [512, 768].
+
+        Raises:
+            ValueError: it is something else.
+        """
+        sides = value
+        if isinstance(value, str):
+            sides = value.lower().split("x")
+        elif isinstance(value, int):
+            sides = (value,)
+        try:
+            numbers = [int(str(side)) for side in sides]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) not in (1, 2) or min(numbers) < 1 or isinstance(value, bool):
+            raise ValueError(f"expected a side in pixels or HEIGHTxWIDTH, such as 224 or 512x768, got {value!r}")
+        return cls(numbers[0], numbers[-1])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.height, self.width))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImageSize) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+register_type(ImageSize, serializer=str, deserializer=ImageSize.parse)
+
+
+def _words_of(hint: Any) -> tuple[Any, int | str | None]:
+    """Return the type of one word of an option, and how many words it takes; None: one word that is the value."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        lists = [part for part in typing.get_args(hint) if _words_of(part)[1] is not None]
+        if lists and set(typing.get_args(hint)) <= {lists[0], type(None)}:
+            return _words_of(lists[0])
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], "+"
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        return items[0], "+" if items[-1] is Ellipsis else len(items)
+    return hint, None
+
+
+def _help_of(kind: type[Any]) -> dict[str, str]:
+    from docstring_parser import parse
+
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parse(kind.__doc__ or "").params}
+
+
+def _mended(message: str, names: Sequence[str]) -> str:
+    """Say in one line what jsonargparse says of an option, and suggest a known one for an unknown."""
+    words = " ".join(message.split())
+    unknown = re.search(r"(?:[Uu]nrecognized arguments: |Option ')([^ =']+)", words)
+    if unknown:
+        on_line = unknown[1].startswith("--")
+        known = [f"--{name.replace('_', '-')}" for name in names] if on_line else names
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        return f"unknown option {unknown[1]!r}" + (f", did you mean {close[0]!r}?" if close else "")
+    # Of a type with alternatives, what each of them expects.
+    words = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", words)
+    words = re.sub(r" - Expected a <class 'NoneType'>| Given value type: .*", "", words)
+    words = re.sub(r"Not of type \w+: (?=expected)|typing\.", "", words)
+    return re.sub(r'Parser key "(\w+)"( element \d+)?: ', r"\1\2: ", words)
+
+
+class _Parser(ArgumentParser):
+    """Errors are raised, and types shown by their names."""
+
+    def format_help(self, *arguments: Any) -> str:
+        text: str = super().format_help(*arguments)
+        return re.sub(r"<class\s+'(\w+)'>", r"\1", text)
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def parser_of(
+    kind: type[Any], *, prog: str | None = None, description: str | None = None, shipped: Path | None = None
+) -> ArgumentParser:
+    """Make a parser of the options of a dataclass.
+
+    Args:
+        kind: the dataclass.
+        prog, description: for the help.
+        shipped: folder of configurations that `--config` knows by name.
+    """
+    parser = _Parser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, print_config="--print-config"
+    )
+    names = f", or one of {', '.join(shipped_names(shipped))}" if shipped else ""
+    parser.add_argument("--config", action="config", metavar="FILE", help=f"YAML file of options{names}; repeatable")
+    hints, helps = typing.get_type_hints(kind), _help_of(kind)
+    for field in dataclasses.fields(kind):
+        if field.default_factory is not dataclasses.MISSING:
+            default: Any = field.default_factory()
+        else:
+            default = field.default
+        settings: dict[str, Any] = {"help": helps[field.name]}
+        if default is dataclasses.MISSING:
+            settings["required"] = True
+        else:
+            settings["default"] = list(default) if type(default) is tuple else default
+        if hints[field.name] is bool:
+            settings["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
+        else:
+            settings["type"], count = _words_of(hints[field.name])
+            settings |= {} if count is None else {"nargs": count}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+    return parser
+
+
+def _build(kind: type[Config], values: Namespace) -> Config:
+    """Make the dataclass of what a parser returned."""
+    hints = typing.get_type_hints(kind)
+    fields = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value, (_, count) = values[field.name], _words_of(hints[field.name])
+        if isinstance(count, int) and value is not None and len(value) != count:
+            raise ValueError(f"{field.name} must be {count} values, got {value}")
+        is_tuple = "tuple[" in str(hints[field.name]) and isinstance(value, list)
+        fields[field.name] = tuple(value) if is_tuple else value
+    return kind(**fields)
+
+
+def parse(
+    kind: type[Config],
+    words: Sequence[str],
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    shipped: Path | None = None,
+) -> Config:
+    """Read the options of a dataclass from a command line.
+
+    Raises:
+        ValueError: an option is unknown, given twice or does not fit; the message names it.
+        FileNotFoundError: there is no such configuration.
+    """
+    parser = parser_of(kind, prog=prog, description=description, shipped=shipped)
+    words = list(words)
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    twice = sorted({name for name in given if given.count(name) > 1} - {"--config"})
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; a list is written as words: {twice[0]} FIRST SECOND")
+    for place, word in enumerate(words):
+        if word == "--config" and place + 1 < len(words):
+            words[place + 1] = find(words[place + 1], shipped)
+        elif word.startswith("--config="):
+            words[place] = f"--config={find(word.removeprefix('--config='), shipped)}"
+    return _checked(kind, lambda: parser.parse_args(words))
+
+
+def _checked(kind: type[Config], read: Callable[[], Namespace]) -> Config:
+    try:
+        return _build(kind, read())
+    except argparse.ArgumentError as error:
+        names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        raise ValueError(_mended(str(error), names)) from None
+
+
+def make(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Check a mapping of options, as of a YAML file, and build the dataclass.
+
+    Raises:
+        ValueError: an option is unknown or does not fit; the message names it, what it must be and what it was.
+    """
+    return _checked(kind, lambda: parser_of(kind).parse_object(to_plain(dict(values))))
+
+
+def to_plain(value: Any) -> Any:
+    """Turn options into what YAML and JSON hold: lists, strings and numbers."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, ImageSize):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [to_plain(entry) for entry in value]
+    for kind in (int, float):  # jsonargparse's restricted numbers are subclasses
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the options of a dataclass as plain values."""
+    return {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def to_yaml(config: Any) -> str:
+    """Return the options of a dataclass as a YAML document, in their order."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def configs_folder(module_file: str) -> Path:
+    """Return the folder of an application's shipped YAML files, in a wheel or in a source tree, by a module's file."""
+    packaged = Path(module_file).parent / "configs"
+    return packaged if packaged.is_dir() else Path(module_file).parents[2] / "configs"
+
+
+def shipped_names(folder: Path | None) -> list[str]:
+    """Return the names of the YAML files in a folder of shipped configurations."""
+    return sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
+
+
+def find(name: str, shipped: Path | None) -> str:
+    """Return the path of a configuration: a file, or a shipped one by its name.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if Path(name).is_file():
+        return name
+    if shipped and name in shipped_names(shipped):
+        return str(shipped / f"{name}.yaml")
+    known = f"; shipped are {', '.join(shipped_names(shipped))}" if shipped else ""
+    raise FileNotFoundError(f"no configuration file {name!r}{known}")
+
+
+def read_config(name: str, shipped: Path | None) -> dict[str, Any]:
+    """Read a configuration, a file or a shipped one by its name, as a mapping.
+
+    Raises:
+        FileNotFoundError: there is neither; ValueError: it is not a YAML mapping.
+    """
+    path = find(name, shipped)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a mapping of options, got {type(values).__name__}")
+    return values
