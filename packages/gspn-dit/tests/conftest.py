@@ -2,7 +2,3 @@ import os
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # at once, where a test names what is not there
-
-import torch
-
-torch.set_num_threads(2)

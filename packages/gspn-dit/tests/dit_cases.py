@@ -37,8 +37,8 @@ def inputs(n: int = 2, channels: int = 4, height: int = 8, width: int = 8, seed:
 def tiny_run(out: str, **changes: Any) -> dict[str, Any]:
     """Options of a run of 6 updates on digits, with everything random switched on."""
     return {
-        "preset": "GSPN2-S/2",
-        "model": {"hidden_size": 16, "num_layers": 2, "proxy_channels": 4, "drop_path_rate": 0.3},
+        "model": "GSPN2-S/2",
+        "model_kwargs": {"hidden_size": 16, "num_layers": 2, "proxy_channels": 4, "drop_path_rate": 0.3},
         "data": "digits",
         "out": out,
         "steps": 6,
@@ -51,7 +51,7 @@ def tiny_run(out: str, **changes: Any) -> dict[str, Any]:
         "log_every": 2,
         "sample_every": 3,
         "sample_count": 4,
-        "sample_steps": 2,
+        "sampler_steps": 2,
         "tensorboard": False,
         "progress": False,
         **changes,

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from gspn_dit.extract import ExtractConfig
+from gspn_core.runs.options import ImageSize
+from gspn_dit.config import ExtractConfig
 
 SIZE = 32
 LATENT = SIZE // 8
@@ -41,7 +42,13 @@ def write_photographs(root: Path, per_class: int = 6) -> Path:
 
 def options(data: Path | str, vae: str, out: Path, **changes: Any) -> ExtractConfig:
     """Options of a small extraction in shards of 5 and batches of 2."""
-    values: dict[str, Any] = {"image_size": SIZE, "batch_size": 2, "shard_size": 5, "workers": 0, "progress": False}
+    values: dict[str, Any] = {
+        "image_size": ImageSize(SIZE, SIZE),
+        "batch_size": 2,
+        "shard_size": 5,
+        "workers": 0,
+        "progress": False,
+    }
     return ExtractConfig(data=str(data), vae=vae, out=str(out), **{**values, **changes})
 
 

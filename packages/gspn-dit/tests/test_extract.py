@@ -1,4 +1,3 @@
-import errno
 import json
 import multiprocessing
 import os
@@ -13,9 +12,10 @@ import pytest
 import torch
 from feature_cases import CLASSES, SIZE, files, options, save_vae, tiny_vae, write_photographs
 from PIL import Image
-from safetensors import SafetensorError
 from sklearn.datasets import load_digits, load_sample_images
 
+from gspn_core.runs.errors import WriteError
+from gspn_core.runs.options import ImageSize, to_dict
 from gspn_dit import extract as module
 from gspn_dit.extract import extract
 from gspn_dit.features import Features
@@ -25,9 +25,11 @@ SCRIPT = """
 import json, pathlib, sys
 import torch
 from accelerate import PartialState
-from gspn_dit.extract import ExtractConfig, extract
+from gspn_core.runs.options import make
+from gspn_dit.config import ExtractConfig
+from gspn_dit.extract import extract
 torch.set_num_threads(1)
-summary = extract(ExtractConfig(**json.loads(sys.argv[1])))
+summary = extract(make(ExtractConfig, json.loads(sys.argv[1])))
 state = PartialState()
 # A file each: two processes that print at the same time would mix their lines.
 written = json.dumps({"world": state.num_processes, **summary})
@@ -85,7 +87,7 @@ def test_moments_are_the_encoders(tmp_path, vae, photographs, whole):
     model = tiny_vae()
     for index in (0, 5, 6, 11):
         with Image.open(photographs / CLASSES[index // 6] / f"{index % 6}.png") as image:
-            crop = adm_crop(image, SIZE)
+            crop = adm_crop(image, SIZE, SIZE)
         x = torch.tensor(np.asarray(crop), dtype=torch.float32).permute(2, 0, 1)[None] / 255 * 2 - 1
         with torch.no_grad():
             expected = [model.encode(view).latent_dist.parameters[0] for view in (x, torch.flip(x, [3]))]
@@ -105,8 +107,12 @@ def test_moments_are_the_encoders(tmp_path, vae, photographs, whole):
 
 def test_digits_in_half_precision(tmp_path, vae, monkeypatch):
     monkeypatch.setattr(module, "open_images", lambda *_, **__: Few(open_images("digits"), 7))
-    extract(options("digits", vae, tmp_path / "full", image_size=(16, 24)))
-    extract(options("digits", vae, tmp_path / "half", image_size=(16, 24), dtype="float16", precision="bf16"))
+    extract(options("digits", vae, tmp_path / "full", image_size=ImageSize(16, 24)))
+    extract(
+        options(
+            "digits", vae, tmp_path / "half", image_size=ImageSize(16, 24), store_precision="fp16", precision="bf16"
+        )
+    )
     full, half = Features(tmp_path / "full"), Features(tmp_path / "half")
     assert full.latent_shape == (4, 2, 3)
     assert [full[index][1] for index in range(7)] == load_digits().target[:7].tolist()
@@ -134,26 +140,23 @@ def test_moments_that_overflow(tmp_path, photographs):
         loud.quant_conv.bias.fill_(1e6)
     loud.save_pretrained(tmp_path / "vae")
     with pytest.raises(
-        ArithmeticError, match=r"moments of images 0 to 1 are not finite with precision no and dtype fl"
+        ArithmeticError, match=r"moments of images 0 to 1 are not finite with precision fp32 and store_precision fp16"
     ):
-        extract(options(photographs, str(tmp_path / "vae"), tmp_path / "out", dtype="float16"))
+        extract(options(photographs, str(tmp_path / "vae"), tmp_path / "out", store_precision="fp16"))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("os error 28")])
-def test_a_full_disk_loses_nothing(tmp_path, vae, photographs, whole, monkeypatch, error):
+def test_a_full_disk_loses_nothing(tmp_path, vae, photographs, whole, monkeypatch):
     config = options(photographs, vae, tmp_path / "features")
     write = module.write_tensors
 
     def fail_at_the_second(path, tensors):
         if path.name == "shard-00001.safetensors":
-            raise error
+            raise WriteError(f"cannot write {path}: no space")
         write(path, tensors)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_tensors", fail_at_the_second)
-        with pytest.raises(
-            OSError, match=r"cannot write shard-00001.safetensors in '.*features': .*(space|28).*; the sh"
-        ):
+        with pytest.raises(WriteError, match=r"cannot write .*shard-00001.safetensors: no space; the shards that are"):
             extract(config)
     found = files(tmp_path / "features")
     assert sorted(found) == ["extraction.json", "shard-00000.safetensors"]
@@ -173,7 +176,7 @@ def test_a_disk_that_is_really_full(tmp_path, vae, photographs, whole):
         pytest.skip("mounting a small disk needs root")
     try:
         config = options(photographs, vae, disk / "features")
-        with pytest.raises(OSError, match=r"cannot write .* in '.*features': .*No space left on device"):
+        with pytest.raises(WriteError, match=r"cannot write .*features.*No space left on device"):
             extract(config)
         found = files(disk / "features")
         assert not [name for name in found if name.startswith(".")]
@@ -214,7 +217,7 @@ def test_killed_and_continued_by_two_processes(tmp_path, vae, photographs, whole
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "script.py"), json.dumps(vars(config)), str(tmp_path)]
+    command += [str(tmp_path / "script.py"), json.dumps(to_dict(config)), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("summary-*.json")]
@@ -243,15 +246,15 @@ def test_damaged_shards_are_made_again(tmp_path, vae, photographs, whole):
 def test_other_settings(tmp_path, vae, photographs, whole):
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
-    match = "holds other features: shard_size was 5, is 6; give another folder as `out`"
+    match = "holds results of other settings: shard_size was 5, is 6; give another folder as `out`"
     with pytest.raises(ValueError, match=match):
         extract(options(photographs, vae, tmp_path, shard_size=6))
-    with pytest.raises(ValueError, match=r"holds other features: image_size was \[32, 32\], is \[32, 64\]"):
-        extract(options(photographs, vae, tmp_path, image_size=(32, 64)))
-    with pytest.raises(ValueError, match=r"holds other features: source was '.*photographs', is 'digits'"):
+    with pytest.raises(ValueError, match=r"holds results of other settings: image_size was \[32, 32\], is \[32, 64\]"):
+        extract(options(photographs, vae, tmp_path, image_size=ImageSize(32, 64)))
+    with pytest.raises(ValueError, match=r"holds results of other settings: source was '.*photographs', is 'digits'"):
         extract(options("digits", vae, tmp_path))
     other = save_vae(tmp_path.parent / "other_vae", seed=1)
-    with pytest.raises(ValueError, match=r"holds other features: vae_fingerprint was '\w+', is '\w+'"):
+    with pytest.raises(ValueError, match=r"holds results of other settings: vae_fingerprint was '\w+', is '\w+'"):
         extract(options(photographs, other, tmp_path))
     assert files(tmp_path) == whole
     moved = shutil.copytree(photographs, tmp_path.parent / "moved")
@@ -260,13 +263,26 @@ def test_other_settings(tmp_path, vae, photographs, whole):
 
 
 def test_sizes_that_do_not_suit(tmp_path, vae):
-    for size, text in ((36, "36 x 36"), ((32, 20), "32 x 20")):
+    for size, text in ((ImageSize(36, 36), "36 x 36"), (ImageSize(32, 20), "32 x 20")):
         with pytest.raises(ValueError, match=f"image_size must be divisible by the VAE's factor 8, got {text}"):
             extract(options("digits", vae, tmp_path / "out", image_size=size))
     grey = save_vae(tmp_path / "grey", in_channels=1)
     with pytest.raises(ValueError, match=r"vae must take images of 3 channels, got one of 1"):
         extract(options("digits", grey, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_next_image_takes_the_place_of_an_unreadable_one(tmp_path, vae, capsys):
+    root = write_photographs(tmp_path / "images", per_class=2)
+    (root / "flower" / "0.png").write_bytes(b"nonsense")
+    assert extract(options(root, vae, tmp_path / "out", unreadable="skip"))["images"] == 4
+    assert capsys.readouterr().err.count("skipped: image 2 of ") == 1
+    features = Features(tmp_path / "out")
+    assert torch.equal(features[2][0], features[3][0]) and features[2][1] == 1
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="none of the 4 images can be read, the last one: image"):
+        extract(options(root, vae, tmp_path / "none", unreadable="skip"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -426,24 +442,24 @@ def test_crop_halves_and_cuts_the_centre():
     for _ in range(2):
         n, m = halved.shape[0] // 2, halved.shape[1] // 2
         halved = halved.reshape(n, 2, m, 2, 3).mean((1, 3)).astype(np.uint8)
-    assert np.array_equal(np.asarray(adm_crop(Image.fromarray(pixels), 16)), halved[:, 8:24])
-    assert np.array_equal(np.asarray(adm_crop(Image.fromarray(pixels), (16, 32))), halved)
+    assert np.array_equal(np.asarray(adm_crop(Image.fromarray(pixels), 16, 16)), halved[:, 8:24])
+    assert np.array_equal(np.asarray(adm_crop(Image.fromarray(pixels), 16, 32)), halved)
 
 
 def test_crop_of_odd_sizes():
     image = Image.fromarray(load_sample_images().images[0]).resize((500, 333))
     small = image.resize((250, 166), Image.Resampling.BOX).resize((125, 83), Image.Resampling.BOX)
     small = small.resize((96, 64), Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(adm_crop(image, 64)), np.asarray(small)[:, 16:80])
-    tall = adm_crop(image, (96, 64))
+    assert np.array_equal(np.asarray(adm_crop(image, 64, 64)), np.asarray(small)[:, 16:80])
+    tall = adm_crop(image, 96, 64)
     expected = image.resize((250, 166), Image.Resampling.BOX).resize((145, 96), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(tall), np.asarray(expected)[:, 40:104])
 
 
-@pytest.mark.parametrize("size", [1, 7, 16, (8, 24), (30, 5)])
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (8, 24), (30, 5)])
 @pytest.mark.parametrize("shape", [(8, 8), (1, 5), (33, 17), (200, 9)])
 def test_crop_is_of_the_size_asked_for(size, shape):
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = size
     for mode in ("L", "P", "RGBA", "CMYK"):
-        crop = adm_crop(Image.new(mode, shape), size)
+        crop = adm_crop(Image.new(mode, shape), height, width)
         assert (crop.mode, crop.size) == ("RGB", (width, height))

@@ -109,7 +109,7 @@ def test_a_class_out_of_range(folder):
     shard = folder / "shard-00001.safetensors"
     tensors = load_file(shard)
     tensors["labels"][2] = 2
-    save_file(tensors, shard)
+    save_file(tensors, shard, {"format": "pt"})
     with pytest.raises(ValueError, match=r"labels must be from 0 to 1, got 0 to 2 in .*shard-00001.safetensors"):
         Features(folder)
 

@@ -7,8 +7,9 @@ import torch
 from dit_cases import tiny_run
 from feature_cases import LATENT, options, save_vae, write_photographs
 
+from gspn_core.runs.options import ImageSize, make
 from gspn_dit import checkpoint, train
-from gspn_dit.config import SampleConfig, TrainConfig, make
+from gspn_dit.config import SampleConfig, TrainConfig
 from gspn_dit.extract import extract
 from gspn_dit.sample import read_png, sample
 
@@ -18,7 +19,7 @@ def made(tmp_path_factory):
     """Features of 12 pieces of photographs, of 2 classes, 48 x 32 pixels, and a run on them."""
     root = tmp_path_factory.mktemp("latents")
     vae = save_vae(root / "vae")
-    extract(options(write_photographs(root / "images"), vae, root / "features", image_size=(48, 32)))
+    extract(options(write_photographs(root / "images"), vae, root / "features", image_size=ImageSize(48, 32)))
     run = tiny_run(str(root / "run"), data=str(root / "features"), vae=vae, batch_size=4, sample_count=2)
     train.train(make(TrainConfig, run))
     return root, run
@@ -36,8 +37,14 @@ def test_a_run_on_latents(made):
 def test_samples_are_decoded(made, size, tmp_path):
     """At the size trained at, not square, and at another one."""
     root, _ = made
-    values = {"checkpoint": str(root / "run"), "vae": str(root / "vae"), "out": str(tmp_path), "count": 3, "steps": 2}
-    sample(make(SampleConfig, values | {"size": size, "classes": ["flower"], "guidance": 2.0, "progress": False}))
+    values = {
+        "checkpoint": str(root / "run"),
+        "vae": str(root / "vae"),
+        "out": str(tmp_path),
+        "count": 3,
+        "sampler_steps": 2,
+    }
+    sample(make(SampleConfig, values | {"image_size": size, "classes": ["flower"], "guidance": 2.0, "progress": False}))
     assert read_png(tmp_path / "images" / "000002.png").shape == (*(size or (48, 32)), 3)
     assert json.loads((tmp_path / "labels.json").read_text()) == [1, 1, 1]
 
@@ -70,8 +77,8 @@ def test_another_vae(made, tmp_path):
 def test_wrong_options(made, tmp_path):
     _, run = made
     for change, message in (
-        ({"image_size": 32}, "image_size must be absent with features, whose size is fixed, got 32"),
-        ({"preset": "GSPN2-S/4", "model": {}}, "the patch of GSPN2-S/4 must divide 6 x 4, got 4"),
+        ({"image_size": 32}, "image_size must be absent with features, whose size is fixed, got 32x32"),
+        ({"model": "GSPN2-S/4", "model_kwargs": {}}, "the patch of GSPN2-S/4 must divide 6 x 4, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             train.Trainer(make(TrainConfig, run | change | {"out": str(tmp_path / "run")}))

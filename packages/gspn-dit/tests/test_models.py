@@ -34,7 +34,7 @@ def test_presets():
     assert model.middle_block.propagation.proxy_channels == 150
     assert model.middle_block.propagation.weight_groups == 1
     assert (model.config.patch_size, model.config.num_classes) == (4, 7)
-    with pytest.raises(ValueError, match=r"preset must be one of GSPN-S/2, .*, got 'GSPN-M/2'"):
+    with pytest.raises(ValueError, match=r"model must be one of GSPN-S/2, .*, got 'GSPN-M/2'"):
         GSPNDiTTransformer2DModel.from_preset("GSPN-M/2")
     with pytest.raises(TypeError, match="nonsense"):
         GSPNDiTTransformer2DModel.from_preset("GSPN-S/2", nonsense=1)

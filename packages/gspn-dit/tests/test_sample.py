@@ -13,7 +13,8 @@ import yaml
 from dit_cases import tiny_model
 from PIL import Image
 
-from gspn_dit.config import SampleConfig, make
+from gspn_core.runs.options import make
+from gspn_dit.config import SampleConfig
 from gspn_dit.sample import generate, grid, guide, make_scheduler, read_png, sample, to_pixels, write_npz
 
 
@@ -26,7 +27,14 @@ def model(tmp_path_factory):
 
 
 def options(model, out, **changes):
-    values = {"checkpoint": str(model), "out": str(out), "count": 7, "steps": 3, "guidance": 2.0, "batch_size": 3}
+    values = {
+        "checkpoint": str(model),
+        "out": str(out),
+        "count": 7,
+        "sampler_steps": 3,
+        "guidance": 2.0,
+        "batch_size": 3,
+    }
     return values | {"progress": False, **changes}
 
 
@@ -114,7 +122,8 @@ def test_guidance_of_some_channels():
     model = tiny_model()
     arguments = (model, [1], [0])
     some, every = (
-        generate(*arguments, sampler="ddim", steps=1, guidance=4.0, guidance_channels=channels) for channels in (3, 0)
+        generate(*arguments, sampler="ddim", steps=1, guidance=4.0, guidance_channels=channels)
+        for channels in (3, None)
     )
     assert torch.equal(some[:, :3], every[:, :3])
     assert not torch.equal(some[:, 3], every[:, 3])
@@ -150,7 +159,7 @@ def test_two_processes_draw_the_same_bits(model, tmp_path):
         file = tmp_path / f"{count}.yaml"
         file.write_text(yaml.safe_dump(options(model, tmp_path / str(count))))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        command = [*launch, str(tmp_path / "program.py"), str(count), "sample", "--config", str(file)]
+        command = [*launch, str(tmp_path / "program.py"), str(count), "sample", "--config", str(file), "--json"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count('"images": 7') == 1
@@ -161,7 +170,9 @@ def test_two_processes_draw_the_same_bits(model, tmp_path):
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_flow(sampler, tmp_path):
     tiny_model(in_channels=3, out_channels=3).save_pretrained(tmp_path / "model")
-    values = options(tmp_path / "model", tmp_path / "out", sampler=sampler, size=[4, 12], classes=[4, "2"], grid=0)
+    values = options(
+        tmp_path / "model", tmp_path / "out", sampler=sampler, image_size=[4, 12], classes=[4, "2"], grid=None
+    )
     sample(make(SampleConfig, values))
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == [4, 2, 4, 2, 4, 2, 4]
     assert read_png(tmp_path / "out" / "images" / "000000.png").shape == (4, 12, 3)
@@ -176,8 +187,8 @@ def test_flow(sampler, tmp_path):
         ({"classes": [-1]}, "classes must be from 0 to 4, got -1"),
         ({"classes": ["cat"]}, "classes must be numbers or among 0, 1, 2, 3, 4, got 'cat'"),
         ({"sampler": "euler"}, "sampler must be ancestral or ddim for a model of noise, got 'euler'"),
-        ({"size": [8, 7]}, "size must be multiples of 2"),
-        ({"steps": 1001}, "steps must be at most 1000"),
+        ({"image_size": [8, 7]}, "image_size must be multiples of 2"),
+        ({"sampler_steps": 1001}, "sampler_steps must be at most 1000"),
         ({"count": 0}, "count"),
         ({"weights": "ema"}, "no diffusion_pytorch_model.ema.safetensors"),
     ],
@@ -196,7 +207,9 @@ def test_latents_need_a_vae(tmp_path):
 
 def test_other_samples_in_the_folder(model, tmp_path):
     sample(make(SampleConfig, options(model, tmp_path)))
-    with pytest.raises(ValueError, match=r"holds other samples: guidance was 2\.0, is 3\.0; give another folder"):
+    with pytest.raises(
+        ValueError, match=r"holds results of other settings: guidance was 2\.0, is 3\.0; give another folder"
+    ):
         sample(make(SampleConfig, options(model, tmp_path, guidance=3.0)))
 
 

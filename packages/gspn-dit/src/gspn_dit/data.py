@@ -1,8 +1,7 @@
-"""What is trained on, pixels or stored latents, in an order that is a function of counters."""
+"""What is trained on, pixels or stored latents, and what is random in an update, as a function of counters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+
+from gspn_core.runs.options import ImageSize
+from gspn_core.runs.order import Order
+from gspn_core.runs.training import loader_workers
 
 from .features import Features
 from .images import adm_crop, open_images
 from .vae import sample_moments
-
-# The first counter of a stream, so that no two purposes share one.
-ORDER, STEP, INIT, SAMPLE = range(4)
-
-
-def derive_seed(*counters: int) -> int:
-    """Return a 64-bit seed that depends on every counter and their order."""
-    # SeedSequence does not tell trailing zeros from nothing: their number comes first.
-    low, high = np.random.SeedSequence((len(counters), *counters)).generate_state(2, np.uint32)
-    return int(high) << 32 | int(low)
 
 
 class Pixels(Dataset[tuple[Tensor, int]]):
     """Images as uint8 (C, H, W), with their classes.
 
     Args:
-        name, split: as in `open_images`.
+        name, split, unreadable: as in `open_images`.
         size: height and width, cropped to as ADM does; None keeps the digits' 8 x 8.
 
     Raises:
         ValueError: size is missing where the images need one.
     """
 
-    def __init__(self, name: str, split: str | None, size: int | tuple[int, int] | None) -> None:
-        self.images = open_images(name, split=split)
+    def __init__(
+        self, name: str, split: str | None = None, size: ImageSize | None = None, unreadable: str = "stop"
+    ) -> None:
+        self.images = open_images(name, split=split, unreadable=unreadable)
         self.class_names = self.images.class_names
         if size is None and name != "digits":
             raise ValueError("image_size must be given to train on the pixels of these images, got none")
@@ -51,7 +46,7 @@ class Pixels(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
-        pixels = np.asarray(image if self.size is None else adm_crop(image, self.size))
+        pixels = np.asarray(image if self.size is None else adm_crop(image, *self.size))
         return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], -1).permute(2, 0, 1), label
 
     def clean(self, items: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
@@ -87,48 +82,14 @@ class Latents(Dataset[tuple[Tensor, int]]):
 
 
 def open_data(
-    name: str, *, split: str | None, image_size: int | tuple[int, int] | None, vae_fingerprint: str | None
+    name: str, *, split: str | None, image_size: ImageSize | None, unreadable: str, vae_fingerprint: str | None
 ) -> Pixels | Latents:
     """Open features if `name` is a folder of them, or else images."""
     if (Path(name) / "extraction.json").is_file():
         if image_size is not None:
             raise ValueError(f"image_size must be absent with features, whose size is fixed, got {image_size}")
         return Latents(name, vae_fingerprint)
-    return Pixels(name, split, image_size)
-
-
-class Order(Sampler[list[int]]):
-    """The batches of one process from any update on: permutation after permutation of the data, without a border.
-
-    Update s takes places s B to (s + 1) B of that endless row, B = batch_size * world_size * accumulate, so that its
-    images are the same whatever the number of processes.
-    """
-
-    def __init__(
-        self, length: int, batch_size: int, accumulate: int, updates: int, *, seed: int, rank: int, world_size: int
-    ) -> None:
-        self.length, self.batch_size, self.accumulate, self.updates = length, batch_size, accumulate, updates
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.start = 0
-
-    def _permutation(self, epoch: int) -> np.ndarray[Any, Any]:
-        return np.random.default_rng(derive_seed(ORDER, self.seed, epoch)).permutation(self.length)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        piece = self.batch_size * self.world_size
-        epoch, order = -1, np.empty(0, int)
-        for number in range(self.start * self.accumulate, self.updates * self.accumulate):
-            batch = []
-            first = number * piece + self.rank * self.batch_size
-            for place in range(first, first + self.batch_size):
-                if place // self.length != epoch:
-                    epoch = place // self.length
-                    order = self._permutation(epoch)
-                batch.append(int(order[place % self.length]))
-            yield batch
-
-    def __len__(self) -> int:
-        return (self.updates - self.start) * self.accumulate
+    return Pixels(name, split, image_size, unreadable)
 
 
 @dataclass(frozen=True)
@@ -143,7 +104,7 @@ class Draws:
 
 
 def draw(
-    objective: Any, shape: tuple[int, ...], count: int, *, mirror: bool, dropout: float, seed: int, part: slice
+    objective: Any, shape: tuple[int, ...], count: int, *, hflip: float, dropout: float, seed: int, part: slice
 ) -> Draws:
     """Draw for `count` images of all processes, and return this process's part.
 
@@ -151,7 +112,7 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed)
     return Draws(
-        mirrored=(torch.rand(count, generator=generator) < (0.5 if mirror else 0.0))[part],
+        mirrored=(torch.rand(count, generator=generator) < hflip)[part],
         posterior=torch.randn(count, *shape, generator=generator)[part],
         noise=torch.randn(count, *shape, generator=generator)[part],
         dropped=(torch.rand(count, generator=generator) < dropout)[part],
@@ -162,5 +123,9 @@ def draw(
 def loader(source: Pixels | Latents, order: Order, workers: int) -> DataLoader[Any]:
     """Load batches of (items, labels) in an order."""
     return DataLoader(
-        source, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0, pin_memory=False
+        source,
+        batch_sampler=order,
+        num_workers=loader_workers(workers),
+        persistent_workers=workers > 0,
+        pin_memory=False,
     )

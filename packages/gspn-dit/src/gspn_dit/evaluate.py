@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import datetime
 import io
 import json
@@ -11,17 +10,19 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from .config import use_cpu
+from gspn_core.runs.files import make_folder, write_json, write_text
+from gspn_core.runs.options import to_dict
+from gspn_core.runs.training import use_cpu
+
+from .config import METRICS, EvaluateConfig
 from .extractors import Batches, Extractor, build_extractor, extract
-from .files import write_text
 from .metrics import (
     Moments,
     accuracy,
@@ -34,10 +35,8 @@ from .metrics import (
 )
 from .sources import open_batches, open_reference
 
-Metric = Literal["fid", "sfid", "inception_score", "precision", "recall", "accuracy"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 FIGURES = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "accuracy")
-COLUMNS = ("date", "samples", "reference", "extractor", "sample_count", "reference_count", *FIGURES)
+COLUMNS = ("date", "images", "reference", "extractor", "image_count", "reference_count", *FIGURES)
 # The features that a metric is of.
 FIELDS: dict[str, str] = {
     **dict.fromkeys(("fid", "precision", "recall"), "pool"),
@@ -46,57 +45,8 @@ FIELDS: dict[str, str] = {
 }
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
-class EvaluateConfig:
-    """Options of `gspn-dit evaluate`.
-
-    Args:
-        samples: .npz with `arr_0`, uint8 (N, H, W, 1 or 3) or (N, H, W), or a folder of PNG and JPEG files
-        reference: the same, `digits` or `digits:FIRST:END`; an .npz may hold the statistics mu, sigma, mu_s, sigma_s
-            of Inception beside the images or in their place
-        labels: classes that the samples were asked for, in their order (of a folder: of the sorted paths): a JSON
-            list, an .npy, or an .npz with `labels`
-        extractor: `inception`, or `timm:NAME` for any timm model
-        extractor_weights: local file; otherwise the extractor's own weights are downloaded
-        extractor_kwargs: further arguments of a timm model, such as num_classes
-        extractor_import: modules that register timm models, imported first
-        extractor_mean: of a timm model, per channel of images from 0 to 1; its own if absent
-        extractor_std: of a timm model, likewise
-        extractor_size: side that images are resized to for a timm model; its own if absent, 0 leaves them as they are
-        batch_size: images per process and forward pass
-        metrics: what to compute
-        precision_reference: references for precision and recall, the first ones
-        neighbors: k of precision and recall
-        inception_split: images in one consecutive split of the Inception score
-        csv: table that a row is added to
-        json: file for the results and these options
-        device: auto takes an accelerator if there is one
-        progress: show a bar
-    """
-
-    samples: str
-    reference: str
-    labels: str | None = None
-    extractor: str = "inception"
-    extractor_weights: str | None = None
-    extractor_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    extractor_import: tuple[str, ...] = ()
-    extractor_mean: tuple[float, ...] | None = None
-    extractor_std: tuple[float, ...] | None = None
-    extractor_size: NonNegativeInt | None = None
-    batch_size: PositiveInt = 64
-    metrics: tuple[Metric, ...] = METRICS
-    precision_reference: PositiveInt = 10000
-    neighbors: PositiveInt = 3
-    inception_split: PositiveInt = 5000
-    csv: str | None = None
-    json: str | None = None
-    device: Literal["auto", "cpu"] = "auto"
-    progress: bool = True
-
-
 def read_labels(source: str, count: int) -> Tensor:
-    """Read one class per sample from a JSON list, an .npy, or the key `labels` of an .npz: (N,) int64.
+    """Read one class per image from a JSON list, an .npy, or the key `labels` of an .npz: (N,) int64.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -137,7 +87,7 @@ def append_row(path: Path, row: dict[str, Any] | None) -> None:
     if header is None:
         writer.writeheader()
     writer.writerow(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, text + ("\n" if text and not text.endswith("\n") else "") + table.getvalue())
 
 
@@ -150,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         On the main process, the figures (None: not asked for, or left out with a notice on stderr), and the counts of
-        `samples` and `references`, the latter None of statistics alone, and the `extractor`. On others, nothing.
+        `images` and `references`, the latter None of statistics alone, and the `extractor`. On others, nothing.
 
     Raises:
         FileNotFoundError: a file, or the extractor's weights, cannot be had.
@@ -161,10 +111,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {unknown or 'none'}")
     if config.csv is not None:
         append_row(Path(config.csv), None)  # refuses before the work
-    samples = open_batches(config.samples)
-    if len(samples) < 2:
-        raise ValueError(f"samples: {config.samples} must hold at least 2 images, got {len(samples)}")
-    labels = None if config.labels is None else read_labels(config.labels, len(samples))
+    images = open_batches(config.images)
+    if len(images) < 2:
+        raise ValueError(f"images: {config.images} must hold at least 2 images, got {len(images)}")
+    labels = None if config.labels is None else read_labels(config.labels, len(images))
     state = PartialState(cpu=use_cpu(config.device))
     device = state.device if config.device == "auto" else torch.device("cpu")
     with state.local_main_process_first():  # which alone downloads
@@ -188,15 +138,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     reference_count = len(references) if references is not None and reference_fields else 0
     if references is not None and {"precision", "recall"} & wanted:
         near = min(config.precision_reference, len(references))
-        check_neighbors(config.neighbors, samples=len(samples), references=near)
+        check_neighbors(config.neighbors, images=len(images), references=near)
         reference_fields.add("pool")
         reference_count = max(reference_count, near)
 
-    def features_of(images: Batches, count: int, fields: set[str], title: str) -> dict[str, Tensor]:
+    def features_of(batches: Batches, count: int, fields: set[str], title: str) -> dict[str, Tensor]:
         bar = title if config.progress and state.is_main_process else None
-        return extract(extractor, images, count, fields, config.batch_size, state, device, bar)
+        return extract(extractor, batches, count, fields, config.batch_size, state, device, bar)
 
-    features = features_of(samples, len(samples), fields, "samples")
+    features = features_of(images, len(images), fields, "images")
     known = {}
     if references is not None and reference_count:
         known = features_of(references, reference_count, reference_fields, "references")
@@ -204,7 +154,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return {}
     result: dict[str, Any] = {
         **_figures(config, wanted, features, known, statistics, labels, device),
-        "samples": len(samples),
+        "images": len(images),
         "references": None if references is None else len(references),
         "extractor": config.extractor,
     }
@@ -221,13 +171,13 @@ def _figures(
     labels: Tensor | None,
     device: torch.device,
 ) -> dict[str, float | None]:
-    """The figures, from features of samples, those known of references, and statistics of references."""
+    """The figures, from features of the images, those known of references, and statistics of references."""
     figures: dict[str, float | None] = dict.fromkeys(FIGURES)
     for metric in ("fid", "sfid"):
         if metric in wanted:
             rows = features[FIELDS[metric]]
             if len(rows) <= rows.shape[1]:
-                _notice(f"{metric} is biased, its covariance singular: {len(rows)} samples, {rows.shape[1]} features")
+                _notice(f"{metric} is biased, its covariance singular: {len(rows)} images, {rows.shape[1]} features")
             target = statistics[metric] if metric in statistics else moments(known[FIELDS[metric]])
             figures[metric] = frechet_distance(moments(rows), target)
     if {"precision", "recall"} & wanted:
@@ -275,12 +225,10 @@ def _computable(
 def _record(config: EvaluateConfig, result: dict[str, Any]) -> None:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     if config.csv is not None:
-        paths = {"date": date, "samples": config.samples, "reference": config.reference}
-        counts = {"sample_count": result["samples"], "reference_count": result["references"]}
+        paths = {"date": date, "images": config.images, "reference": config.reference}
+        counts = {"image_count": result["images"], "reference_count": result["references"]}
         append_row(
             Path(config.csv), {**paths, "extractor": config.extractor, **counts, **{f: result[f] for f in FIGURES}}
         )
-    if config.json is not None:
-        path = Path(config.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"date": date, **result, "config": dataclasses.asdict(config)}, indent=2) + "\n")
+    if config.out is not None:
+        write_json(Path(config.out), {"date": date, **result, "config": to_dict(config)})

@@ -2,77 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from .config import use_cpu
+from gspn_core.runs.errors import WriteError
+from gspn_core.runs.files import check_record, make_folder, write_json, write_tensors
+from gspn_core.runs.options import ImageSize
+from gspn_core.runs.training import loader_workers, use_cpu
+
+from .config import ExtractConfig
 from .features import FORMAT, INDEX, SETTINGS, count_shards, open_shard, read_settings, shard_items, shard_name
-from .files import write_tensors, write_text
 from .images import Images, adm_crop, open_images
 from .vae import factor, fingerprint, load_vae
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclasses.dataclass(kw_only=True, frozen=True)
-class ExtractConfig:
-    """Every option of `gspn-dit extract`.
-
-    Args:
-        data: `digits` (scikit-learn's), a folder with a subfolder per class, possibly in `train/` and `val/`, a folder
-            written by `save_to_disk`, or any Hugging Face image data set
-        vae: diffusers VAE, a folder or the name of one on the Hub
-        out: folder of the features; an extraction that was interrupted is continued
-        split: of the data; absent: train, or the only one
-        image_column: column of images; absent: the only one, or `image`
-        label_column: column of classes; absent: the only one, or `label`
-        image_size: height and width that images are resized and cropped to, as ADM does
-        batch_size: images per process and forward pass; another one may change the last bits
-        shard_size: images in a file
-        workers: processes that read images, per extracting process
-        dtype: of the stored moments
-        precision: mixed precision of the encoder
-        device: auto takes the accelerator if any
-        progress: show a progress bar
-    """
-
-    data: str
-    vae: str
-    out: str
-    split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 256
-    batch_size: PositiveInt = 32
-    shard_size: PositiveInt = 1024
-    workers: NonNegativeInt = 4
-    dtype: Literal["float32", "float16"] = "float32"
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    device: Literal["auto", "cpu"] = "auto"
-    progress: bool = True
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Crops(Dataset[tuple[Tensor, int] | str]):
     """Cropped images, uint8 (3, H, W), with their classes; of one that cannot be read, the message."""
 
-    def __init__(self, images: Images, size: tuple[int, int]) -> None:
+    def __init__(self, images: Images, size: ImageSize) -> None:
         self.images, self.size = images, size
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
@@ -81,7 +43,7 @@ class _Crops(Dataset[tuple[Tensor, int] | str]):
         except ValueError as error:
             # An error raised through a loader buries its message in a traceback, and holds up the loader's end.
             return str(error)
-        return torch.from_numpy(np.array(adm_crop(image, self.size))).permute(2, 0, 1).contiguous(), label
+        return torch.from_numpy(np.array(adm_crop(image, *self.size))).permute(2, 0, 1).contiguous(), label
 
 
 def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -98,8 +60,7 @@ def _settings(config: ExtractConfig, images: Images, vae: AutoencoderKL) -> dict
     Raises:
         ValueError: the images do not suit the VAE.
     """
-    side = config.image_size
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = config.image_size
     reduction = factor(vae)
     if height % reduction or width % reduction:
         raise ValueError(f"image_size must be divisible by the VAE's factor {reduction}, got {height} x {width}")
@@ -118,21 +79,19 @@ def _settings(config: ExtractConfig, images: Images, vae: AutoencoderKL) -> dict
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,
         "latent_shape": [vae.config.latent_channels, height // reduction, width // reduction],
-        "dtype": config.dtype,
+        "store_precision": config.store_precision,
         "precision": config.precision,
         "class_names": images.class_names,
     }
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing() -> Iterator[None]:
     try:
         yield
-    # safetensors wraps the system's errors in its own.
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"cannot write {path.name} in {str(path.parent)!r}: {error}; "
-            "the shards that are there are whole, and running it again continues after them"
+    except WriteError as error:
+        raise WriteError(
+            f"{error}; the shards that are there are whole, run it again to continue after them"
         ) from error
 
 
@@ -144,21 +103,16 @@ def _open_folder(folder: Path, settings: dict[str, Any], state: PartialState) ->
     """
     before = read_settings(folder) if (folder / SETTINGS).is_file() else settings
     # The same images may have been moved, or their split left out.
-    free = ("source", "split") if before.get("source_fingerprint") == settings["source_fingerprint"] else ()
-    for key, value in settings.items():
-        if before.get(key) != value and key not in free:
-            raise ValueError(
-                f"{folder} holds other features: {key} was {before.get(key)!r}, is {value!r}; "
-                "give another folder as `out`"
-            )
+    moved = before.get("source_fingerprint") == settings["source_fingerprint"]
+    check_record(folder / SETTINGS, settings, free=("source", "split") if moved else ())
     state.wait_for_everyone()
     if state.is_main_process:
-        with _writing(folder / SETTINGS):
-            folder.mkdir(parents=True, exist_ok=True)
+        with _writing():
+            make_folder(folder)
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()
             if not (folder / SETTINGS).is_file():
-                write_text(folder / SETTINGS, json.dumps(settings, indent=1))
+                write_json(folder / SETTINGS, settings)
     state.wait_for_everyone()
 
 
@@ -179,24 +133,24 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
         name = shard_name(number)
         size = (folder / name).stat().st_size
         shards.append({"file": name, "images": len(shard_items(settings, number)), "bytes": size})
-    with _writing(folder / INDEX):
-        write_text(folder / INDEX, json.dumps({"images": settings["images"], "shards": shards}, indent=1))
+    with _writing():
+        write_json(folder / INDEX, {"images": settings["images"], "shards": shards})
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pixels: Tensor, precision: str = "no") -> Tensor:
+def encode(vae: AutoencoderKL, pixels: Tensor, precision: str = "fp32") -> Tensor:
     """Encode images and their mirror images.
 
     Args:
         vae: on the device of `pixels`.
         pixels: uint8 (N, 3, H, W).
-        precision: "no", "bf16" or "fp16".
+        precision: "fp32", "bf16" or "fp16".
 
     Returns:
         Moments (N, 2, 2C, H/f, W/f), float32.
     """
     x = pixels.float() / 127.5 - 1
-    with torch.autocast(pixels.device.type, _AUTOCAST.get(precision), enabled=precision != "no"):
+    with torch.autocast(pixels.device.type, _DTYPES[precision], enabled=precision != "fp32"):
         both = [vae.encode(view).latent_dist.parameters.float() for view in (x, x.flip(-1))]
     return torch.stack(both, dim=1)
 
@@ -219,9 +173,9 @@ def _write_shards(
         ]
     loaded = iter(
         DataLoader(
-            _Crops(images, tuple(settings["image_size"])),
+            _Crops(images, config.image_size),
             batch_sampler=[list(batch) for shard in batches.values() for batch in shard],
-            num_workers=config.workers if numbers else 0,
+            num_workers=loader_workers(config.workers) if numbers else 0,
             collate_fn=_collate,
             pin_memory=vae.device.type == "cuda",
         )
@@ -233,18 +187,18 @@ def _write_shards(
             if isinstance(content, str):
                 raise ValueError(content)
             pixels, classes = content
-            found = encode(vae, pixels.to(vae.device), config.precision).to(getattr(torch, config.dtype)).cpu()
-            if not found.isfinite().all():
+            encoded = encode(vae, pixels.to(vae.device), config.precision).to(_DTYPES[config.store_precision]).cpu()
+            if not encoded.isfinite().all():
                 raise ArithmeticError(
                     f"the moments of images {batch[0]} to {batch[-1]} are not finite with "
-                    f"precision {config.precision} and dtype {config.dtype}"
+                    f"precision {config.precision} and store_precision {config.store_precision}"
                 )
-            moments.append(found)
+            moments.append(encoded)
             labels.append(classes)
             bar.update(len(batch))
         path = Path(config.out) / shard_name(number)
         index = torch.tensor(shard_items(settings, number))
-        with _writing(path):
+        with _writing():
             write_tensors(path, {"moments": torch.cat(moments), "labels": torch.cat(labels), "index": index})
 
 
@@ -254,20 +208,26 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the data or the VAE cannot be had.
         ValueError: an option or an image is wrong, or the folder holds features of other settings.
-        OSError: the disk is full; whole shards stay.
+        WriteError: the disk is full; whole shards stay.
         ArithmeticError: moments are not finite in the precision asked for.
     """
     began = time.perf_counter()
     # Reading images may take one process much longer than the others, which then wait.
     state = PartialState(cpu=use_cpu(config.device), timeout=timedelta(hours=6))
     device = state.device if config.device == "auto" else torch.device("cpu")
-    images = open_images(config.data, config.split, image_column=config.image_column, label_column=config.label_column)
+    images = open_images(
+        config.data,
+        config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        unreadable=config.unreadable,
+    )
     vae = load_vae(config.vae)
     settings = _settings(config, images, vae)
     folder = Path(config.out)
     _open_folder(folder, settings, state)
     missing = _missing(folder, settings)
-    # Nobody writes before everybody has looked.
+    # Barrier: all list missing shards before any writes.
     state.wait_for_everyone()
     # Only what is missing is shared out, so that processes end together after an interruption too.
     own = missing[state.process_index :: state.num_processes]

@@ -12,7 +12,6 @@ without index.json is an extraction that has not ended.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from gspn_core.runs.files import read_json
 
 FORMAT = "gspn-dit features 1"
 SETTINGS = "extraction.json"
@@ -42,19 +43,6 @@ def count_shards(settings: Mapping[str, Any]) -> int:
     return -(-int(settings["images"]) // int(settings["shard_size"]))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object from a JSON file.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return values
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return what the features in a folder were made of, and how.
 
@@ -65,7 +53,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"no features in {str(folder)!r}: it has no {SETTINGS}")
-    settings = read_json(path)
+    settings: dict[str, Any] = read_json(path)
     if settings.get("format") != FORMAT:
         raise ValueError(f"{path} must be of format {FORMAT!r}, got {settings.get('format')!r}")
     return settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 _SYNONYMS = {"val": "validation", "validation": "val"}
 _SPLITS = ("train", "val", "validation", "test")
@@ -34,6 +36,33 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be decoded; the message names it."""
+
+
+class _Skipping:
+    """Images of which the next readable one takes an unreadable one's place; each of these is named on stderr."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+        self._named: set[str] = set()
+        self.class_names, self.fingerprint = images.class_names, images.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        for place in range(index, index + len(self)):
+            try:
+                return self._images[place % len(self)]
+            except UnreadableImageError as error:
+                message = str(error)
+                if message not in self._named:
+                    self._named.add(message)
+                    tqdm.write(f"skipped: {message}", file=sys.stderr)
+        raise UnreadableImageError(f"none of the {len(self)} images can be read, the last one: {message}")
 
 
 class _Digits:
@@ -111,7 +140,7 @@ class _Table:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             path = f" ({stored['path']})" if stored and stored["path"] else ""
-            raise ValueError(f"image {index} of {self._name!r}{path} cannot be read: {reason}") from None
+            raise UnreadableImageError(f"image {index} of {self._name!r}{path} cannot be read: {reason}") from None
 
 
 def _choose(candidates: Sequence[str], given: str | None, preferred: Sequence[str], title: str, name: str) -> str:
@@ -243,7 +272,12 @@ def _no_bars() -> Iterator[None]:
 
 
 def open_images(
-    name: str, split: str | None = None, *, image_column: str | None = None, label_column: str | None = None
+    name: str,
+    split: str | None = None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    unreadable: str = "stop",
 ) -> Images:
     """Open labelled images.
 
@@ -253,6 +287,7 @@ def open_images(
         split: such as train or validation; None takes train, or the only one. Of the Hub also parts, as "train[:1000]".
         image_column: column of images; None takes the only one, or `image`.
         label_column: column of class numbers; None takes the only one, or `label`.
+        unreadable: "stop" raises UnreadableImageError for an image that cannot be decoded, "skip" gives the next one.
 
     Raises:
         FileNotFoundError: there is no such folder or data set.
@@ -270,22 +305,22 @@ def open_images(
         else:
             dataset = _class_folder(folder, split) if folder.is_dir() else None
             dataset = _load(name, split) if dataset is None else dataset
-        return _Table(dataset, name, image_column, label_column)
+        images = _Table(dataset, name, image_column, label_column)
+    return _Skipping(images) if unreadable == "skip" else images
 
 
-def adm_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+def adm_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """Resize so that an image just covers a size, and cut its centre out, as ADM does (Dhariwal & Nichol, 2021).
 
     It is halved by averaging while it stays at least as large as the size, then resized bicubically.
 
     Args:
         image: of any size and mode.
-        size: height and width, or the side of a square.
+        height, width: of the result.
 
     Returns:
         RGB image of that size.
     """
-    height, width = (size, size) if isinstance(size, int) else size
     image = image.convert("RGB")
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -196,7 +196,7 @@ class GSPNDiTTransformer2DModel(ModelMixin, ConfigMixin):
             ValueError: the name is unknown; TypeError: an override is.
         """
         if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+            raise ValueError(f"model must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **overrides})
 
     @torch.no_grad()

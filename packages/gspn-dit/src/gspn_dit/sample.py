@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -26,10 +24,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from gspn_core.runs.files import check_record, make_folder, replacing, write_json
+from gspn_core.runs.options import to_dict
+from gspn_core.runs.training import make_accelerator
+
 from . import checkpoint
-from .config import SampleConfig, to_dict, use_cpu
-from .data import SAMPLE, derive_seed
-from .files import replacing, write_text
+from .config import SampleConfig
 from .models import GSPNDiTTransformer2DModel
 from .vae import decode, factor, fingerprint, load_vae
 
@@ -43,7 +43,7 @@ def make_scheduler(sampler: str, steps: int) -> Any:
         ValueError: more steps than the 1000 trained with.
     """
     if sampler in SAMPLERS["noise"] and steps > 1000:
-        raise ValueError(f"steps must be at most 1000, those trained with, got {steps}")
+        raise ValueError(f"sampler_steps must be at most 1000, those trained with, got {steps}")
     linear: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
     scheduler: Any
     if sampler == "ancestral":
@@ -90,7 +90,7 @@ def generate(
     steps: int,
     seed: int = 0,
     guidance: float = 1.0,
-    guidance_channels: int = 0,
+    guidance_channels: int | None = None,
     size: tuple[int, int] | None = None,
     autocast: Callable[[], Any] | None = None,
 ) -> Tensor:
@@ -99,11 +99,11 @@ def generate(
     Args:
         model: on its device, in evaluation mode.
         labels: a class per sample.
-        indices: a number per sample; its noise is a function of `seed` and of that number.
+        indices: a number per sample; its noise is drawn with `seed` plus that number.
         sampler: "ancestral" or "ddim" for noise, "euler" or "heun" for velocity.
         steps: of the sampler.
         guidance: scale; 1 is none.
-        guidance_channels: channels it applies to; 0 is all.
+        guidance_channels: channels it applies to; None is all.
         size: height and width; None is the model's `sample_size`.
         autocast: makes the context of the forward passes.
 
@@ -113,7 +113,7 @@ def generate(
     config, device = model.config, model.device
     channels = config.in_channels
     height, width = size or (config.sample_size, config.sample_size)
-    generators = [torch.Generator().manual_seed(derive_seed(SAMPLE, seed, index)) for index in indices]
+    generators = [torch.Generator().manual_seed(seed + index) for index in indices]
     x = randn_tensor((len(labels), channels, height, width), generators, device, torch.float32)
     classes = torch.tensor(labels, device=device)
     null = torch.full_like(classes, config.num_classes)
@@ -126,7 +126,7 @@ def generate(
             else:
                 both = torch.cat((x, x)).to(model.dtype)
                 output = model(both, t, torch.cat((classes, null))).sample.float()
-                output = guide(output, guidance, min(guidance_channels, channels) or channels)
+                output = guide(output, guidance, min(guidance_channels or channels, channels))
         if sampler == "ddim":
             output = output[:, :channels]
         x = scheduler.step(output, t, x, **options).prev_sample
@@ -208,7 +208,7 @@ class Sampling:
 
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
-        self.accelerator = Accelerator(cpu=use_cpu(config.device), mixed_precision=config.precision)
+        self.accelerator = make_accelerator(config.device, config.precision)
         folder = checkpoint.locate(config.checkpoint)
         model, state = checkpoint.load_model(folder, config.weights)
         self.model = model.to(self.accelerator.device)
@@ -225,7 +225,7 @@ class Sampling:
         self.out = Path(config.out)
         self.images = self.out / "images"
         # Whatever the images depend on.
-        kept = ("count", "classes", "steps", "guidance", "guidance_channels", "seed", "batch_size", "precision")
+        kept = ("count", "classes", "sampler_steps", "guidance", "guidance_channels", "seed", "batch_size", "precision")
         self.settings = {key: to_dict(config)[key] for key in kept} | {
             "checkpoint": str(folder),
             "step": state.get("step"),
@@ -250,35 +250,27 @@ class Sampling:
         return vae.to(self.accelerator.device).eval()
 
     def _latent_size(self, state: dict[str, Any]) -> tuple[int, int]:
-        if self.config.size is None:
+        if self.config.image_size is None:
             own = self.model.config.sample_size
             height, width = state.get("latent_size") or (own, own)
             return height, width
         reduction = factor(self.vae) if self.vae else 1
         step = reduction * self.model.config.patch_size
-        height, width = self.config.size
+        height, width = self.config.image_size
         if height % step or width % step:
-            raise ValueError(f"size must be multiples of {step} (VAE and patch), got {height} x {width}")
+            raise ValueError(f"image_size must be multiples of {step} (VAE and patch), got {self.config.image_size}")
         return height // reduction, width // reduction
 
     def _file(self, index: int) -> Path:
         return self.images / f"{index:06d}.png"
 
     def _open_folder(self) -> None:
-        record = self.out / "sample.json"
-        if record.is_file():
-            before = json.loads(record.read_text(encoding="utf-8"))
-            for key, value in self.settings.items():
-                if before.get(key) != value:
-                    raise ValueError(
-                        f"{self.out} holds other samples: {key} was {before.get(key)!r}, is {value!r}; "
-                        "give another folder as `out`"
-                    )
+        check_record(self.out / "settings.json", self.settings)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.images.mkdir(parents=True, exist_ok=True)
-            write_text(record, json.dumps(self.settings, indent=1))
-            write_text(self.out / "labels.json", json.dumps(self.labels))
+            make_folder(self.images)
+            write_json(self.out / "settings.json", self.settings)
+            write_json(self.out / "labels.json", self.labels)
         self.accelerator.wait_for_everyone()
 
     def run(self) -> dict[str, Any]:
@@ -324,7 +316,7 @@ class Sampling:
             [self.labels[index] for index in batch],
             batch,
             sampler=self.sampler,
-            steps=config.steps,
+            steps=config.sampler_steps,
             seed=config.seed,
             guidance=config.guidance,
             guidance_channels=config.guidance_channels,

@@ -9,25 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from . import checkpoint
-from .config import FREE_TO_CHANGE, TrainConfig, to_dict, to_yaml, use_cpu
-from .data import INIT, STEP, Order, derive_seed, draw, loader, open_data
-from .files import write_text
-from .logs import Log
+from gspn_core.runs import checkpoints
+from gspn_core.runs.files import make_folder, read_tensors, write_text
+from gspn_core.runs.logs import Log
+from gspn_core.runs.options import to_dict, to_yaml
+from gspn_core.runs.order import INIT, STEP, Order, derive_seed
+from gspn_core.runs.training import FREE_TO_CHANGE, LearningRate, Meter, averaged, check_same_run, make_accelerator
+
+from .checkpoint import CONFIG, FORMAT, WEIGHTS, load_model
+from .config import TrainConfig
+from .data import draw, loader, open_data
 from .losses import make_loss
 from .models import GSPNDiTTransformer2DModel
 from .sample import SAMPLERS, generate, grid, save_png, to_pixels
 from .vae import decode, fingerprint, load_vae
 
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or not a number."""
+FREE = FREE_TO_CHANGE | {"vae", "sample_every", "sample_count", "sampler_steps", "guidance", "unreadable"}
 
 
 class Trainer:
@@ -41,21 +42,17 @@ class Trainer:
         self.config = config
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
-        self.accelerator = Accelerator(
-            cpu=use_cpu(config.device),
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulate,
-        )
+        self.accelerator = make_accelerator(config.device, config.precision, config.accumulate)
         self.vae = load_vae(config.vae).eval() if config.vae else None
         self.source = open_data(
             config.data,
             split=config.split,
             image_size=config.image_size,
+            unreadable=config.unreadable,
             vae_fingerprint=fingerprint(self.vae) if self.vae else None,
         )
         self.class_names = self.source.class_names
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.images_per_update = config.batch_size * config.accumulate * self.world
         self.order = Order(
             len(self.source),
             config.batch_size,
@@ -69,109 +66,93 @@ class Trainer:
         torch.manual_seed(derive_seed(INIT, config.seed))
         self.bare_model = self._build()
         self.step = 0
-        self._pending: list[Tensor] = []  # the terms of updates that no row of the log has yet
         self._restore_or_start()
 
     def _build(self) -> GSPNDiTTransformer2DModel:
+        config = self.config
         channels, *size = self.source.shape
         options: dict[str, Any] = {
             "in_channels": channels,
             "out_channels": channels * (2 if self.objective.learned_variance else 1),
             "sample_size": max(size),
             "num_classes": len(self.class_names),
-        } | self.config.model
+        } | config.model_kwargs
         try:
-            model = GSPNDiTTransformer2DModel.from_preset(self.config.preset, **options)
+            model = GSPNDiTTransformer2DModel.from_preset(config.model, **options)
         except TypeError as error:
-            raise ValueError(f"model does not suit {self.config.preset}: {error}") from None
+            raise ValueError(f"model_kwargs do not suit {config.model}: {error}") from None
         patch = model.config.patch_size
         if any(side % patch for side in size):
-            raise ValueError(f"the patch of {self.config.preset} must divide {size[0]} x {size[1]}, got {patch}")
-        if self.config.gradient_checkpointing:
+            raise ValueError(f"the patch of {config.model} must divide {size[0]} x {size[1]}, got {patch}")
+        if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """What a run depends on beside its options."""
+        batch = self.config.batch_size * self.config.accumulate * self.world
+        return {
+            "images per update (batch_size * accumulate * processes)": batch,
+            "the classes": self.class_names,
+            "the number of images": len(self.source),
+        }
 
     def _restore_or_start(self) -> None:
         """Load the newest checkpoint, if any, and set up all that depends on the weights."""
         config = self.config
-        newest = checkpoint.latest(self.checkpoints)
+        newest = checkpoints.latest(self.checkpoints)
         if newest and config.resume == "never":
             raise ValueError(f"resume is 'never' but {self.folder} already holds a run; give another folder as `out`")
-        state = checkpoint.read_state(newest) if newest else {}
+        state = checkpoints.read_state(newest, FORMAT) if newest else {}
         if newest:
-            self._check_same_run(state)
-            weights = checkpoint.read_tensors(newest / checkpoint.WEIGHTS["model"])
-            checkpoint.load_weights(self.bare_model, weights, str(newest))
+            check_same_run(self.folder, state["config"] | state["facts"], to_dict(config) | self._facts, FREE)
+            checkpoints.load_weights(self.bare_model, read_tensors(newest / WEIGHTS["model"]), newest)
         elif config.start_from is not None:
-            started, _ = checkpoint.load_model(config.start_from)
-            checkpoint.load_weights(self.bare_model, started.state_dict(), config.start_from)
+            started, _ = load_model(config.start_from)
+            checkpoints.load_weights(self.bare_model, started.state_dict(), config.start_from)
 
         self.bare_model.to(self.accelerator.device).train()
-        self.ema = ModelEmaV3(self.bare_model, decay=config.ema_decay, use_warmup=config.ema_warmup)
+        self.ema: AveragedModel | None = None
+        if config.ema_decay is not None:
+            self.ema = averaged(self.bare_model, config.ema_decay, warmup=config.ema_warmup)
+        self.lr = LearningRate(config.lr, config.min_lr, config.lr_schedule, config.steps, config.warmup_steps)
         self.optimizer = torch.optim.AdamW(self.bare_model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=config.steps,
-            lr_min=config.min_lr,
-            warmup_t=config.warmup_steps,
-            warmup_lr_init=config.lr / max(1, config.warmup_steps),
-            t_in_epochs=False,
-        )
         if config.compile:
             self.bare_model.compile_repeated_blocks()
         self.model, self.stepper = self.accelerator.prepare(self.bare_model, self.optimizer)
         if newest:
-            tensors = checkpoint.read_tensors(newest / "optimizer.safetensors")
-            checkpoint.unpack_optimizer(self.bare_model, self.optimizer, tensors)
-            averaged = checkpoint.read_tensors(newest / checkpoint.WEIGHTS["ema"])
-            checkpoint.load_weights(self.ema.module, averaged, str(newest))
             self.step = state["step"]
-            self._pending = list(torch.tensor(state["pending"], device=self.accelerator.device))
-
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        now = to_dict(self.config)
-        for key, before in state["config"].items():
-            if key not in FREE_TO_CHANGE and now.get(key) != before:
-                raise ValueError(
-                    f"{key} must be {before!r} to continue the run in {self.folder}, got {now.get(key)!r}; "
-                    "give another folder as `out` for a new run"
-                )
-        now = {
-            "images per update (batch_size * accumulate * processes)": self.images_per_update,
-            "the classes": self.class_names,
-            "the number of images": len(self.source),
-        }
-        before = dict(zip(now, (state["images_per_update"], state["class_names"], state["images"]), strict=True))
-        for key, value in now.items():
-            if before[key] != value:
-                raise ValueError(f"{key} must be {before[key]} to continue the run in {self.folder}, got {value}")
+            checkpoints.unpack(
+                newest, state, self.bare_model, self.optimizer, self.ema, WEIGHTS["ema"], self.accelerator.scaler
+            )
+        images_per_update = next(iter(self._facts.values()))
+        self.meter = Meter(self.accelerator, self._columns, images_per_update, state.get("pending", ()))
 
     def _save(self) -> None:
         """Write a checkpoint of this moment; every process calls it."""
-        pending = self._reduced(self._pending)
+        pending = self._rows()
         if self.accelerator.is_main_process:
             self.log.sync()
-            size = list(self.source.shape[1:])
+            moments, values = checkpoints.pack(self.bare_model, self.optimizer, self.ema, self.accelerator.scaler)
+            tensors = {WEIGHTS["model"]: self.bare_model.state_dict(), checkpoints.OPTIMIZER: moments}
+            if self.ema is not None:
+                tensors[WEIGHTS["ema"]] = self.ema.module.state_dict()
             state = {
-                "format": checkpoint.FORMAT,
+                "format": FORMAT,
                 "step": self.step,
                 "objective": self.config.objective,
                 "class_names": self.class_names,
-                "latent_size": size,
+                "latent_size": list(self.source.shape[1:]),
                 "vae_fingerprint": getattr(getattr(self.source, "features", None), "vae_fingerprint", None),
-                "images": len(self.source),
-                "images_per_update": self.images_per_update,
                 "processes": self.world,
                 "pending": pending,
+                "facts": self._facts,
                 "config": to_dict(self.config),
+                **values,
             }
-            tensors = {
-                checkpoint.WEIGHTS["model"]: self.bare_model.state_dict(),
-                checkpoint.WEIGHTS["ema"]: self.ema.module.state_dict(),
-                "optimizer.safetensors": checkpoint.pack_optimizer(self.bare_model, self.optimizer),
-            }
-            keep = self.config.keep_checkpoints
-            checkpoint.save(self.checkpoints, self.step, self.bare_model, tensors, state, keep=keep)
+            texts = {CONFIG: self.bare_model.to_json_string()}
+            checkpoints.save(self.checkpoints, self.step, tensors, texts, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -184,14 +165,14 @@ class Trainer:
         config, device = self.config, self.accelerator.device
         part = slice(self.rank * config.batch_size, (self.rank + 1) * config.batch_size)
         total = torch.zeros(len(self._columns), device=device)
-        self.scheduler.step_update(self.step)
+        self.lr.set(self.optimizer, self.step)
         for micro in range(config.accumulate):
             items, labels = next(batches)
             draws = draw(
                 self.objective,
                 self.source.shape,
                 config.batch_size * self.world,
-                mirror=config.mirror,
+                hflip=config.hflip,
                 dropout=config.label_dropout,
                 seed=derive_seed(STEP, config.seed, self.step, micro),
                 part=part,
@@ -213,62 +194,29 @@ class Trainer:
                 self.stepper.zero_grad()
             total[:-1] += torch.stack(list(terms.values())).detach() / config.accumulate
         self.step += 1
-        # Given a step, timm copies the weights at the first one, with or without warm-up.
-        self.ema.update(self.bare_model, step=self.step if config.ema_warmup else None)
+        if self.ema is not None:
+            self.ema.update_parameters(self.bare_model)
         return total
 
-    def _reduced(self, rows: list[Tensor]) -> list[list[float]]:
-        """Average rows over the processes."""
-        if not rows:
-            return []
-        mean: Any = self.accelerator.reduce(torch.stack(rows), "mean")
-        values: list[list[float]] = mean.tolist()
-        return values
-
-    def _write_rows(self, speed: float) -> float:
-        """Move the terms of the last updates off the device, write the row that is due, and return the last loss.
-
-        Raises:
-            NonFiniteLossError: a loss is infinite or not a number.
-        """
-        rows = self._reduced(self._pending)
-        first = self.step - len(rows) + 1
-        for step, row in enumerate(rows, first):
-            if not math.isfinite(row[0]):
-                good = checkpoint.latest(self.checkpoints) or "none"
-                raise NonFiniteLossError(
-                    f"the loss is {row[0]} at step {step} with learning rate {self._lr(step):.3g}; "
-                    f"last good checkpoint: {good}"
-                )
-        if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-            means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-            if self.accelerator.is_main_process:
-                values = dict(zip(self._columns, means, strict=True))
-                self.log.add(self.step, **values, lr=self._lr(self.step), images_per_second=round(speed, 1))
-            self._pending = []
-        return rows[-1][0]
-
-    def _lr(self, step: int) -> float:
-        """Return the learning rate of an update, counted from 1."""
-        value: float = self.scheduler._get_lr(step - 1)[0]
-        return value
+    def _rows(self) -> list[list[float]]:
+        return self.meter.collect(self.step, self.lr, checkpoints.latest(self.checkpoints))
 
     def _draw_samples(self) -> None:
-        """Write a grid of samples of the averaged weights."""
+        """Write a grid of samples of the averaged weights, or of the plain ones where none are kept."""
         config = self.config
         if not self.accelerator.is_main_process or (self.vae is None and self.source.shape[0] not in (1, 3)):
             return
         labels = [number % len(self.class_names) for number in range(config.sample_count)]
-        model = self.ema.module
+        model: Any = self.bare_model if self.ema is None else self.ema.module
         was_training = model.training
         x = generate(
             model.eval(),
             labels,
             range(len(labels)),
             sampler=SAMPLERS[config.objective][0],
-            steps=config.sample_steps,
+            steps=config.sampler_steps,
             seed=config.seed,
-            guidance=config.sample_guidance,
+            guidance=config.guidance,
             size=self.source.shape[1:],  # type: ignore[arg-type]
             autocast=self.accelerator.autocast,
         )
@@ -277,30 +225,29 @@ class Trainer:
             self.vae.to(x.device)
             x = decode(self.vae, x)
         page = grid(to_pixels(x))
-        (self.folder / "samples").mkdir(exist_ok=True)
+        make_folder(self.folder / "samples")
         save_png(page, self.folder / "samples" / f"step-{self.step:08d}.png")
-        self.log.add_image(self.step, page)
+        self.log.add_image("samples", self.step, page)
 
     def run(self) -> dict[str, Any]:
         """Train to the end.
 
         Returns:
-            The run's `folder`, `steps`, `parameters`, last `loss` of the log, and `seconds` of this call.
+            The run's `folder`, `steps`, `parameters`, last `loss`, and `seconds` of this call.
 
         Raises:
             NonFiniteLossError: the loss became infinite or not a number.
-            OSError: a checkpoint cannot be written.
+            WriteError: a checkpoint cannot be written.
         """
         began = time.perf_counter()
         main = self.accelerator.is_main_process
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             write_text(self.folder / "config.yaml", to_yaml(self.config))
-            columns = [*self._columns, "lr", "images_per_second"]
-            self.log = Log(self.folder, columns, self.step, tensorboard=self.config.tensorboard)
-        loss = math.nan
+            tables = {"train": [*self._columns, "lr", "images_per_second"]}
+            self.log = Log(self.folder, tables, self.step, tensorboard=self.config.tensorboard)
         try:
-            loss = self._train()
+            self._train()
         finally:
             if main:
                 self.log.close()
@@ -308,39 +255,39 @@ class Trainer:
             "folder": str(self.folder),
             "steps": self.step,
             "parameters": sum(p.numel() for p in self.bare_model.parameters()),
-            "loss": loss,
+            "loss": self.meter.loss,
             "seconds": round(time.perf_counter() - began, 1),
         }
 
-    def _train(self) -> float:
-        config = self.config
+    def _train(self) -> None:
+        config, main = self.config, self.accelerator.is_main_process
         self.order.start = self.step
         batches = iter(loader(self.source, self.order, config.workers))
-        loss, done, since = math.nan, 0, time.perf_counter()
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            unit="update",
-            disable=not (config.progress and self.accelerator.is_main_process),
-        )
-        with bar:
+        self.meter.restart()
+        with tqdm(total=config.steps, initial=self.step, unit="update", disable=not (config.progress and main)) as bar:
             while self.step < config.steps:
-                self._pending.append(self._update(batches))
-                done += 1
+                self.meter.add(self._update(batches))
                 bar.update()
                 last = self.step == config.steps
-                save = last or self.step % config.checkpoint_every == 0
-                draw_samples = config.sample_every > 0 and (last or self.step % config.sample_every == 0)
-                if save or draw_samples or self.step % config.log_every == 0:
-                    speed = done * self.images_per_update / (time.perf_counter() - since)
-                    loss = self._write_rows(speed)
-                    bar.set_postfix_str(f"loss {loss:.4f}, lr {self._lr(self.step):.2e}, {speed:.0f} images/s")
-                    if save:
-                        self._save()
-                    if draw_samples:
-                        self._draw_samples()
-                    done, since = 0, time.perf_counter()
-        return loss
+                log, save, grid_due = (
+                    every is not None and (last or self.step % every == 0)
+                    for every in (config.log_every, config.checkpoint_every, config.sample_every)
+                )
+                if not (log or save or grid_due):
+                    continue
+                rows, speed = self._rows(), self.meter.images_per_second
+                if log:
+                    means = self.meter.take(rows)
+                    if main:
+                        self.log.add("train", self.step, **means, lr=self.lr.at(self.step - 1), images_per_second=speed)
+                bar.set_postfix_str(
+                    f"loss {self.meter.loss:.4f}, lr {self.lr.at(self.step - 1):.2e}, {speed:.1f} images/s"
+                )
+                if save:
+                    self._save()
+                if grid_due:
+                    self._draw_samples()
+                self.meter.restart()
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
