@@ -5,12 +5,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 from pathlib import Path
 
 import pytest
-import torch
 from vision_cases import tiny_run, write_images
 
 import gspn_vision  # noqa: F401  (registers the models)
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

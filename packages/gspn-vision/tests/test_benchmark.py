@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from gspn_vision import speed
+from gspn_core.runs.options import ImageSize
+from gspn_vision import benchmark
 
 NAMES = ["gspn2_nano", "resnet10t", "deit_tiny_patch16_224"]
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return speed.measure(NAMES, [1, 2], size=64, repeats=2, device="cpu")
+    return benchmark.measure(NAMES, [1, 2], image_size=ImageSize(64, 64), repeats=2, device="cpu")
 
 
 def test_every_contestant_has_a_row(rows):
@@ -25,16 +26,24 @@ def test_every_contestant_has_a_row(rows):
 
 
 def test_the_table_and_the_report(rows):
-    text = speed.table(rows)
+    text = benchmark.table(rows)
     assert "gspn2_nano" in text and "batch 2" in text and "deit_tiny_patch16_224, inference, batch 1: " in text
-    result = speed.report(rows, device="cpu", size=64)
+    result = benchmark.report(rows, device="cpu", image_size=ImageSize(64, 64))
     assert result["rows"][0]["model"] == "gspn2_nano"
     assert result["torch"] == torch.__version__
-    assert result["settings"] == {"device": "cpu", "size": 64}
+    assert result["settings"] == {"device": "cpu", "image_size": "64x64"}
 
 
 def test_precision_and_compile():
-    (row,) = speed.measure(["gspn2_nano"], [2], modes=["inference"], size=32, precision="bf16", repeats=1, device="cpu")
+    (row,) = benchmark.measure(
+        ["gspn2_nano"],
+        [2],
+        modes=["inference"],
+        image_size=ImageSize(32, 32),
+        precision="bf16",
+        repeats=1,
+        device="cpu",
+    )
     assert row.images_per_second > 0
 
 
@@ -44,4 +53,4 @@ def test_precision_and_compile():
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        speed.measure(**{"names": ["gspn2_nano"], "batch_sizes": [1], **options})
+        benchmark.measure(**{"names": ["gspn2_nano"], "batch_sizes": [1], **options})

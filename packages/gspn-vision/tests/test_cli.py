@@ -1,8 +1,10 @@
 """The command line: its options, its results, and what it says of bad input."""
 
 import dataclasses
+import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,40 +15,24 @@ import yaml
 from PIL import Image
 from vision_cases import tiny_run
 
+from gspn_core.runs.options import make
 from gspn_vision import cli
-from gspn_vision.config import TrainConfig, make_config
+from gspn_vision.config import TrainConfig
 from gspn_vision.train import train
-
-CHECKPOINT = ["--checkpoint", "--which", "--weights"]
-OPTIONS = {
-    "train": ["--config", "--presets"],
-    "validate": [
-        *(*CHECKPOINT, "--data", "--data-root", "--split", "--batch-size", "--workers", "--cpu"),
-        *("--predictions", "--json", "--unreadable"),
-    ],
-    "predict": [*CHECKPOINT, "--top", "--json", "--unreadable"],
-    "visualize": [*CHECKPOINT, "--output", "--pixel", "--layer", "--all-layers", "--list-layers", "--size"],
-    "profile": ["--size", "--json"],
-    "benchmark": [
-        *("--no-peers", "--batch-sizes", "--mode", "--size", "--precision", "--compile", "--repeats", "--cpu"),
-        "--json",
-    ],
-    "export": [*CHECKPOINT, "--format", "--output", "--size", "--batch", "--dynamic-size"],
-}
 
 
 @pytest.fixture(scope="module")
 def run(training_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "run"
-    train(make_config(tiny_run(training_folder) | {"out": str(folder)}))
+    train(make(TrainConfig, tiny_run(training_folder) | {"out": str(folder)}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def digits_run(training_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "digits"
-    change = {"data": "digits", "in_chans": 1, "epochs": 1, "warmup_epochs": 0, "batch_size": 718, "ema_decay": 0}
-    train(make_config(tiny_run(training_folder) | change | {"out": str(folder)}))
+    change = {"data": "digits", "in_chans": 1, "epochs": 1, "warmup_epochs": 0, "batch_size": 718, "ema_decay": None}
+    train(make(TrainConfig, tiny_run(training_folder) | change | {"out": str(folder)}))
     return folder
 
 
@@ -56,21 +42,15 @@ def call(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", OPTIONS)
-def test_help_lists_the_options(command, capsys):
-    expected = {"-h", "--help", *OPTIONS[command]}
-    if command == "train":
-        for field in dataclasses.fields(TrainConfig):
-            flag = "--" + field.name.replace("_", "-")
-            expected |= {flag, "--no-" + flag[2:]} if field.type == "bool" else {flag}
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_lists_every_option(command, capsys):
+    module, _, name = cli.COMMANDS[command].options.partition(":")
+    fields = dataclasses.fields(getattr(importlib.import_module(module), name))
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    found = set(re.findall(r"(?m)^  (-h), (--help)|(?<=[ ,])(--[a-z0-9][a-z0-9-]*)", text.split("options:")[1]))
-    assert {flag for group in found for flag in group if flag} >= expected
-    usage = re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text.split("\n\n")[0])
-    assert set(usage) == expected - {"--help"}
+    assert fields and all(f"--{field.name.replace('_', '-')}" in text for field in fields)
 
 
 def test_the_installed_command():
@@ -79,27 +59,33 @@ def test_the_installed_command():
     assert done.stdout == "gspn-vision 0.1.0\n"
 
 
-def test_presets_are_listed(capsys):
-    code, out, _ = call(capsys, "train", "--presets")
-    assert code == 0
-    assert "gspn2_nano_digits" in out.split()
-
-
 def test_train(training_folder, tmp_path, capsys):
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump(tiny_run(training_folder)))
     out = tmp_path / "run"
-    options = ["--epochs", "1", "--warmup-epochs", "0", "--scale", "0.5", "1", "--no-augment", "--out", str(out)]
+    options = [
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--crop-scale",
+        "0.5",
+        "1",
+        "--no-augment",
+        "--json",
+        "--out",
+        str(out),
+    ]
     code, text, _ = call(capsys, "train", "--config", file, *options)
     assert code == 0
     assert json.loads(text)["steps"] == 4
     saved = yaml.safe_load((out / "config.yaml").read_text())
-    assert (saved["epochs"], saved["scale"], saved["augment"]) == (1, [0.5, 1.0], False)
+    assert (saved["epochs"], saved["crop_scale"], saved["augment"]) == (1, [0.5, 1.0], False)
 
 
 def test_validate(run, tmp_path, capsys):
     predictions = tmp_path / "predictions.csv"
-    code, out, _ = call(capsys, "validate", "--checkpoint", run, "--json", "--predictions", predictions)
+    code, out, _ = call(capsys, "validate", "--checkpoint", run, "--json", "--out", predictions)
     assert code == 0
     result = json.loads(out)
     confusion = torch.tensor(result["confusion"])
@@ -126,24 +112,28 @@ def _index(run: Path) -> dict:
 
 def test_predict(run, training_folder, capsys):
     image = training_folder / "val" / "green" / "3.png"
-    code, out, _ = call(capsys, "predict", image, training_folder / "val" / "red", "--checkpoint", run, "--json")
+    code, out, _ = call(
+        capsys, "predict", "--images", image, training_folder / "val" / "red", "--checkpoint", run, "--json"
+    )
     assert code == 0
-    result = json.loads(out)
+    result = json.loads(out)["images"]
     assert [Path(r["image"]).parent.name for r in result] == ["green"] + ["red"] * 16
     for r in result:
         assert set(r["classes"]) == {"blue", "green", "red"}
         assert r["probabilities"] == sorted(r["probabilities"], reverse=True)
         assert sum(r["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert r["truth"] is None
-    code, out, _ = call(capsys, "predict", image, "--checkpoint", run, "--top", "2")
+    code, out, _ = call(capsys, "predict", "--images", image, "--checkpoint", run, "--top", "2")
     assert re.fullmatch(r".*3\.png: (blue|green|red) \d+\.\d%, (blue|green|red) \d+\.\d%\n", out)
 
 
 def test_predict_digits(digits_run, capsys):
-    code, out, _ = call(capsys, "predict", "digits:21", "digits:1796", "--checkpoint", digits_run, "--top", "1")
+    code, out, _ = call(
+        capsys, "predict", "--images", "digits:21", "digits:1796", "--checkpoint", digits_run, "--top", "1"
+    )
     assert code == 0
     assert re.fullmatch(r"digits:21: \d \d+\.\d%   \(is 1\)\ndigits:1796: \d \d+\.\d%   \(is 8\)\n", out)
-    code, _, err = call(capsys, "predict", "digits:1797", "--checkpoint", digits_run)
+    code, _, err = call(capsys, "predict", "--images", "digits:1797", "--checkpoint", digits_run)
     assert (code, err) == (
         2,
         "gspn-vision: error: digits: must be followed by a number from 0 to 1796, got 'digits:1797'\n",
@@ -154,18 +144,20 @@ def test_visualize(run, digits_run, tmp_path, capsys):
     photo = tmp_path / "photo.png"
     Image.effect_noise((90, 60), 60).convert("RGB").save(photo)
     output = tmp_path / "maps.png"
-    code, out, _ = call(capsys, "visualize", photo, "--checkpoint", run, "--output", output, "--pixel", "10", "80")
+    code, out, _ = call(
+        capsys, "visualize", "--image", photo, "--checkpoint", run, "--out", output, "--pixel", "10", "80"
+    )
     assert (code, out) == (0, f"{output}\n")
     with Image.open(output) as figure:
         assert figure.format == "PNG"
         assert min(figure.size) > 400
-    code, out, _ = call(capsys, "visualize", photo, "--checkpoint", run, "--list-layers")
+    code, out, _ = call(capsys, "visualize", "--image", photo, "--checkpoint", run, "--list-layers")
     assert out.split() == [f"stages.{i}.blocks.0.mixer.propagation" for i in range(4)]
-    options = ["--layer", out.split()[1], "--size", "48", "64", "--output", output]
-    assert call(capsys, "visualize", "digits:3", "--checkpoint", digits_run, *options)[0] == 0
-    code, _, err = call(capsys, "visualize", photo, "--checkpoint", run, "--pixel", "60", "0")
+    options = ["--layer", out.split()[1], "--image-size", "48x64", "--out", output]
+    assert call(capsys, "visualize", "--image", "digits:3", "--checkpoint", digits_run, *options)[0] == 0
+    code, _, err = call(capsys, "visualize", "--image", photo, "--checkpoint", run, "--pixel", "60", "0")
     assert (code, err) == (2, "gspn-vision: error: pixel must lie inside 60 rows and 90 columns, got (60, 0)\n")
-    code, _, err = call(capsys, "visualize", photo, "--checkpoint", run, "--layer", "head")
+    code, _, err = call(capsys, "visualize", "--image", photo, "--checkpoint", run, "--layer", "head")
     assert code == 2
     assert "layer must be one of stages.0.blocks.0.mixer.propagation, " in err
 
@@ -181,13 +173,13 @@ def test_bad_input_is_one_line(run, training_folder, tmp_path, capsys):
         "no folder 'absent'; data must be": ["validate", *run_, "--data", "absent"],
         "no folder 'test' in": ["validate", *run_, "--data", folder, "--split", "test"],
         "digits has 10 classes, more than the 3 of the head": ["validate", *run_, "--data", "digits"],
-        f"no image '{tmp_path}/absent.png'": ["predict", *run_, str(tmp_path / "absent.png")],
-        "broken.png': not an image": ["predict", *run_, str(broken)],
-        "unknown configuration key 'epoch', did you mean 'epochs'?": ["train", "--config", str(config)],
-        "no configuration file or preset 'absent'": ["train", "--config", "absent"],
-        "unknown model 'resnet5'": ["train", "--model", "resnet5", "--out", str(tmp_path / "x")],
-        "lr must be a number of at least 0, got 'fast'": ["train", "--lr", "fast"],
-        "no image 'absent.png'": ["visualize", "absent.png", *run_],
+        f"no image '{tmp_path}/absent.png'": ["predict", *run_, "--images", str(tmp_path / "absent.png")],
+        "broken.png': not an image": ["predict", *run_, "--images", str(broken)],
+        "unknown option 'epoch', did you mean 'epochs'?": ["train", "--config", str(config)],
+        "no configuration file 'absent'; shipped are ": ["train", "--config", "absent"],
+        "got 'resnet5'; perhaps one of": ["train", "--model", "resnet5", "--out", str(tmp_path / "x")],
+        "lr: ": ["train", "--lr", "fast"],
+        "no image 'absent.png'": ["visualize", "--image", "absent.png", *run_],
     }
     for message, arguments in cases.items():
         code, out, err = call(capsys, *arguments)
@@ -201,25 +193,31 @@ def test_unreadable_images_are_skipped_on_request(run, training_folder, tmp_path
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"broken")
     image = training_folder / "val" / "red" / "0.png"
-    code, out, err = call(capsys, "predict", broken, image, "--checkpoint", run, "--unreadable", "skip")
+    code, out, err = call(capsys, "predict", "--images", broken, image, "--checkpoint", run, "--unreadable", "skip")
     assert code == 0
     assert out.count("\n") == 1
     assert "broken.png': not an image" in err
     assert err.endswith("skipped 1 unreadable image(s)\n")
 
 
-def test_a_checkpoint_of_another_model(run, capsys):
-    path = run / "checkpoints" / _index(run)["best"] / "state.json"
-    text = path.read_text()
-    state = json.loads(text)
-    state["model"]["kwargs"]["widths"] = [16, 8, 8, 8]
-    try:
-        path.write_text(json.dumps(state))
-        code, _, err = call(capsys, "validate", "--checkpoint", run)
-    finally:
-        path.write_text(text)
+def test_a_checkpoint_of_another_model(run, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run / "checkpoints" / _index(run)["best"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["widths"] = [16, 8, 8, 8]
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = call(capsys, "validate", "--checkpoint", folder)
     assert code == 2
-    assert "is a checkpoint of another model: " in err
+    assert "holds the weights of another model: " in err
+
+
+def test_a_timm_folder(run, training_folder, capsys):
+    """The run's folder `model`, which says nothing of the data."""
+    code, _, err = call(capsys, "validate", "--checkpoint", run / "model")
+    assert code == 2 and "data must be given: " in err
+    code, out, _ = call(capsys, "validate", "--checkpoint", run / "model", "--data", training_folder, "--json")
+    best = json.loads(call(capsys, "validate", "--checkpoint", run, "--json")[1])
+    assert code == 0 and json.loads(out) == best
 
 
 def test_divergence_has_a_code_of_its_own(training_folder, tmp_path, capsys):
@@ -235,23 +233,23 @@ def test_divergence_has_a_code_of_its_own(training_folder, tmp_path, capsys):
 
 
 def test_profile(capsys):
-    code, out, _ = call(capsys, "profile", "gspn2_tiny", "--size", 224, 224, "--json")
+    code, out, _ = call(capsys, "profile", "--models", "gspn2_tiny", "--image-size", 224, "--json")
     assert code == 0
-    (counted,) = json.loads(out)
+    (counted,) = json.loads(out)["models"]
     assert counted["published"]["macs"] == 4.2
     assert counted["params"] / 1e6 == pytest.approx(24, rel=0.03)
-    code, out, _ = call(capsys, "profile", "gspn_nano")
+    code, out, _ = call(capsys, "profile", "--models", "gspn_nano")
     assert code == 0
     assert "224x224" in out
-    code, _, err = call(capsys, "profile", "gspn_nanoo")
+    code, _, err = call(capsys, "profile", "--models", "gspn_nanoo")
     assert code == 2
     assert "gspn_nanoo" in err
 
 
 def test_benchmark(capsys, tmp_path):
     file = tmp_path / "speed.json"
-    options = ("--no-peers", "--batch-sizes", 2, "--mode", "inference", "--size", 32, "--repeats", 2, "--cpu")
-    code, out, _ = call(capsys, "benchmark", "gspn_nano", *options, "--json", file)
+    options = ("--no-peers", "--batch-sizes", 2, "--modes", "inference", "--image-size", 32, "--repeats", 2)
+    code, out, _ = call(capsys, "benchmark", "--models", "gspn_nano", *options, "--device", "cpu", "--out", file)
     assert code == 0
     assert "batch 2" in out
     (row,) = json.loads(file.read_text())["rows"]

@@ -8,10 +8,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from vision_cases import write_images
 
+from gspn_core.runs.options import make
+from gspn_core.runs.order import Order
 from gspn_vision import data
-from gspn_vision.config import make_config
-from gspn_vision.data import Preprocessing, Samples, Unreadable, UnreadableImageError, open_source
-from gspn_vision.sampling import EpochBatches, derive_seed
+from gspn_vision.config import TrainConfig
+from gspn_vision.data import Preprocessing, Samples, Unreadable
+from gspn_vision.sources import TimmSource, UnreadableImageError, open_source
 
 GREY = Preprocessing(in_chans=1, size=(32, 32), mean=(0.5,), std=(0.5,), interpolation="bilinear", crop_pct=1.0)
 
@@ -29,58 +31,20 @@ def test_digits_are_split_once_for_all():
         open_source("digits", "test")
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 1), (4, 1, 1), (1, 1, 4), (1, 4, 1), (2, 2, 1)])
-def test_batches_are_the_same_images_however_they_are_split(sizes):
-    """Processes, accumulation and batch size may change; the images of an update must not."""
-    world, accumulate, _ = sizes
-    batch = 8 // (world * accumulate)
-    updates: list[set] = [set() for _ in range(5)]
-    for rank in range(world):
-        sampler = EpochBatches(43, batch, accumulate=accumulate, seed=3, rank=rank, world_size=world)
-        sampler.set_position(2, 0)
-        assert len(sampler) == 5 * accumulate
-        for number, indices in enumerate(sampler):
-            updates[number // accumulate] |= set(indices)
-    reference = EpochBatches(43, 8, seed=3)
-    reference.set_position(2, 0)
-    assert updates == [set(indices) for indices in reference]
-    assert all(len(update) == 8 for update in updates)
-    assert len(set().union(*updates)) == 40
-
-
-def test_batches_continue_where_they_were():
-    sampler = EpochBatches(100, 10, seed=1)
-    whole = list(sampler)
-    sampler.set_position(0, 7)
-    assert list(sampler) == whole[7:]
-    sampler.set_position(1, 0)
-    assert sorted(i for b in sampler for _, i in b) == sorted(i for b in whole for _, i in b)
-    assert [[i for _, i in b] for b in sampler] != [[i for _, i in b] for b in whole]
-
-
-def test_too_little_data_for_an_update():
-    with pytest.raises(ValueError, match=r"must fill one update of 64 images .*, got 40"):
-        EpochBatches(40, 16, accumulate=2, world_size=2)
-
-
-def test_seeds_depend_on_every_counter_and_their_order():
-    seeds = {derive_seed(*c) for c in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0), (1, 2, 3), (3, 2, 1)]}
-    assert len(seeds) == 7
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_depends_on_epoch_and_image_alone(workers):
-    options = make_config(
-        {"in_chans": 1, "image_size": 32, "auto_augment": "rand-m9-mstd0.5", "random_erasing": 0.5, "hflip": 0.5}
+    options = make(
+        TrainConfig,
+        {"in_chans": 1, "image_size": 32, "auto_augment": "rand-m9-mstd0.5", "random_erasing": 0.5, "hflip": 0.5},
     )
     samples = Samples(open_source("digits", "train"), GREY.training_transform(options), "L", seed=5)
-    batches = EpochBatches(len(samples), 16, seed=5)
-    batches.set_position(3, 80)
-    loader = data.training_loader(samples, batches, workers, False)
+    order = Order(len(samples), 16, 1, 275, seed=5, with_epoch=True)
+    order.start = 270  # after three epochs of 1437 / 16 updates
+    loader = data.training_loader(samples, order, workers, False)
     torch.manual_seed(workers)
-    for batch in loader:
-        for image, item in zip(batch.images, batch.items.tolist(), strict=True):
-            assert torch.equal(image, samples[3, item].image)
+    for batch, keys in zip(loader, order, strict=True):
+        for image, key in zip(batch.images, keys, strict=True):
+            assert key[0] == 3 and torch.equal(image, samples[key].image)
     # samples[4, ...] of the same image differ
     assert not torch.equal(samples[3, 0].image, samples[4, 0].image)
 
@@ -127,7 +91,7 @@ def test_a_reader_of_timm_does_not_hide_unreadable_images(image_folder):
     from timm.data import create_dataset
 
     (image_folder / "train" / "red" / "0.png").write_bytes(b"broken")
-    source = data.TimmSource(create_dataset("", root=str(image_folder), split="train"), "folder")
+    source = TimmSource(create_dataset("", root=str(image_folder), split="train"), "folder")
     assert source.class_names == ["blue", "green", "red"]
     broken = next(i for i in range(18) if source.name(i).endswith("red/0.png"))
     with pytest.raises(UnreadableImageError, match=r"cannot read image 'red/0.png': not an image"):
@@ -140,7 +104,7 @@ def test_streams_are_refused():
             return iter([])
 
     with pytest.raises(ValueError, match=r"must have random access, .*; 'hfids/x' is a stream"):
-        data.TimmSource(Stream(), "hfids/x")
+        TimmSource(Stream(), "hfids/x")
 
 
 def test_unreadable_images(image_folder, capsys):
@@ -193,4 +157,4 @@ def test_preprocessing():
     x = GREY.transform()(image)
     assert x.shape == (1, 32, 32)
     torch.testing.assert_close(x, torch.ones(1, 32, 32))
-    assert Preprocessing.from_dict({**vars(GREY), "size": [32, 32], "mean": [0.5], "std": [0.5]}) == GREY
+    assert Preprocessing.from_timm(GREY.to_timm()) == GREY

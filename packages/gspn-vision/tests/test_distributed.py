@@ -10,9 +10,10 @@ import yaml
 from safetensors.torch import load_file
 from vision_cases import tiny_run
 
+from gspn_core.runs.logs import read_table
+from gspn_core.runs.options import make
 from gspn_vision import checkpoint
-from gspn_vision.config import make_config
-from gspn_vision.logs import read_table
+from gspn_vision.config import TrainConfig
 from gspn_vision.train import Trainer, train
 
 
@@ -29,10 +30,10 @@ def runs(training_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     options = tiny_run(training_folder) | {"mixup": 0, "cutmix": 0, "drop_rate": 0, "drop_path_rate": 0}
     options |= {"optimizer": "sgd", "lr": 1e-3, "checkpoint_every": 3, "log_every": 1}
-    train(make_config({**options, "out": str(folder / "one")}))
+    train(make(TrainConfig, {**options, "out": str(folder / "one")}))
     file = folder / "two.yaml"
     file.write_text(yaml.safe_dump({**options, "batch_size": 6, "out": str(folder / "two")}))
-    done = run_two(["train", "--config", str(file)])
+    done = run_two(["train", "--config", str(file), "--json"])
     assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two", done
 
@@ -42,7 +43,7 @@ def test_two_processes_equal_one_with_twice_the_batch(runs):
     states = [checkpoint.read_state(path) for path in (one, two)]
     assert [state["processes"] for state in states] == [1, 2]
     assert [state["step"] for state in states] == [8, 8]
-    start = Trainer(make_config({**states[0]["config"], "out": str(runs[0] / "unused")})).bare_model.state_dict()
+    start = Trainer(make(TrainConfig, {**states[0]["config"], "out": str(runs[0] / "unused")})).bare_model.state_dict()
     for stem in ("model", "ema"):
         weights = [load_file(path / f"{stem}.safetensors") for path in (one, two)]
         # Rounding differs with the order of sums, and training amplifies it; the weights move by 500 times as much.
@@ -52,20 +53,20 @@ def test_two_processes_equal_one_with_twice_the_batch(runs):
 
 def test_results_are_written_once_and_for_all_processes(runs):
     one, two, done = runs
-    for table in ("steps.csv", "epochs.csv"):
+    for table in ("train.csv", "validation.csv"):
         rows = [read_table(run / table) for run in (one, two)]
         assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     # The training losses are means over all processes, and each validation image counts once.
-    losses = [[float(row["loss"]) for row in read_table(run / "steps.csv")] for run in (one, two)]
+    losses = [[float(row["loss"]) for row in read_table(run / "train.csv")] for run in (one, two)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
-    last = [read_table(run / "epochs.csv")[-1] for run in (one, two)]
-    assert float(last[0]["validation_loss"]) == pytest.approx(float(last[1]["validation_loss"]), rel=1e-4)
+    last = [read_table(run / "validation.csv")[-1] for run in (one, two)]
+    assert float(last[0]["loss"]) == pytest.approx(float(last[1]["loss"]), rel=1e-4)
     assert done.stdout.count('"steps": 8') == 1
 
 
 def test_validation_by_two_processes(runs, tmp_path):
     csv = tmp_path / "predictions.csv"
-    command = ["validate", "--checkpoint", str(runs[0]), "--cpu", "--batch-size", "7", "--predictions", str(csv)]
+    command = ["validate", "--checkpoint", str(runs[0]), "--device", "cpu", "--batch-size", "7", "--out", str(csv)]
     done = run_two(command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("48 images") == 1

@@ -9,9 +9,10 @@ import torch
 from vision_cases import TINY, tiny_run
 
 import gspn_vision.export
+from gspn_core.runs.options import make
 from gspn_vision import cli
-from gspn_vision.config import make_config
-from gspn_vision.export import ExportMismatchError, export, open_model
+from gspn_vision.config import TrainConfig
+from gspn_vision.export import ExportMismatchError, as_text, export, open_model
 from gspn_vision.train import train
 
 MODELS = ("gspn_nano", "gspn2_nano")
@@ -115,9 +116,9 @@ def test_a_wrong_file_does_not_appear(wrong, tmp_path, monkeypatch):
 
 def test_the_command(training_folder, onnxruntime, tmp_path, capsys):
     run, output = tmp_path / "run", tmp_path / "model.onnx"
-    train(make_config(tiny_run(training_folder) | {"epochs": 1, "warmup_epochs": 0, "out": str(run)}))
+    train(make(TrainConfig, tiny_run(training_folder) | {"epochs": 1, "warmup_epochs": 0, "out": str(run)}))
     capsys.readouterr()
-    code, out, _ = call(capsys, "export", "--checkpoint", run, "--which", "latest", "--output", output)
+    code, out, _ = call(capsys, "export", "--checkpoint", run, "--which", "latest", "--out", output)
     assert code == 0
     expected = [
         re.escape(str(output)) + r": \d\.\d MB",
@@ -135,7 +136,9 @@ def test_the_command(training_folder, onnxruntime, tmp_path, capsys):
 
 def test_the_command_with_a_model(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(capsys, "export", "gspn_nano", "--format", "torch", "--size", 32, 64, "--batch", 2)
+    code, out, _ = call(
+        capsys, "export", "--model", "gspn_nano", "--format", "torch", "--image-size", "32x64", "--batch-size", 2
+    )
     assert code == 0
     assert out.startswith("model.pt2: ")
     assert "input   images (2, 3, 32, 64) float32\noutput  logits (2, 1000) float32\n" in out
@@ -146,7 +149,7 @@ def test_without_onnxruntime(onnxruntime, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     exported = export(tiny(), tmp_path / "model.onnx", input_size=(3, 32, 32))
     assert exported.difference is None and exported.largest is None
-    assert "not checked: pip install onnxruntime" in exported.as_text()
+    assert "not checked: pip install onnxruntime" in as_text(vars(exported))
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
@@ -154,7 +157,7 @@ def test_without_the_exporter(missing, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name == "gspn_core.export" or name.split(".")[0] == "onnxscript"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    code, _, err = call(capsys, "export", "gspn_nano", "--size", 32, 32, "--output", tmp_path / "model.onnx")
+    code, _, err = call(capsys, "export", "--model", "gspn_nano", "--image-size", 32, "--out", tmp_path / "model.onnx")
     assert code == 2
     assert err.startswith("gspn-vision: error: ONNX export needs onnx and onnxscript: pip install onnx onnxscript")
     assert list(tmp_path.iterdir()) == []
@@ -162,19 +165,18 @@ def test_without_the_exporter(missing, tmp_path, capsys, monkeypatch):
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "folder.onnx").mkdir()
-    deit = ["deit_tiny_patch16_224", "--output", tmp_path / "m.onnx", "--size", "100", "100"]
+    nano = ["--model", "gspn_nano"]
+    deit = ["--model", "deit_tiny_patch16_224", "--out", tmp_path / "m.onnx", "--image-size", "100"]
     cases = {
-        "give a model or --checkpoint, got neither": [],
-        "give a model or --checkpoint, got both": ["gspn_nano", "--checkpoint", "runs"],
-        "unknown model 'gspn_nanoo'; perhaps one of ": ["gspn_nanoo"],
+        "give either model or checkpoint, got neither": [],
+        "give either model or checkpoint, got both": [*nano, "--checkpoint", "runs"],
+        "got 'gspn_nanoo'; perhaps one of ": ["--model", "gspn_nanoo"],
         "no checkpoint in 'absent'": ["--checkpoint", "absent"],
-        f"no folder '{tmp_path}/absent'": ["gspn_nano", "--output", tmp_path / "absent" / "m.onnx"],
-        f"'{tmp_path}/folder.onnx' is a folder": ["gspn_nano", "--output", tmp_path / "folder.onnx"],
-        "the file of the format torch must end in .pt2, got 'm.onnx'": [
-            *("gspn_nano", "--format", "torch", "--output", "m.onnx")
-        ],
-        "channels, height and width must be at least 1, got (3, 0, 32)": ["gspn_nano", "--size", "0", "32"],
-        "batch must be at least 1, got 0": ["gspn_nano", "--batch", "0"],
+        f"no folder '{tmp_path}/absent'": [*nano, "--out", tmp_path / "absent" / "m.onnx"],
+        f"'{tmp_path}/folder.onnx' is a folder": [*nano, "--out", tmp_path / "folder.onnx"],
+        "the file of the format torch must end in .pt2, got 'm.onnx'": [*nano, "--format", "torch", "--out", "m.onnx"],
+        "image_size: expected a side in pixels or HEIGHTxWIDTH": [*nano, "--image-size", "0x32"],
+        "batch_size: ": [*nano, "--batch-size", "0"],
         "the model does not take images of 100x100: ": deit,
     }
     for message, arguments in cases.items():

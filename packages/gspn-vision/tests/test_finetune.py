@@ -2,20 +2,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from vision_cases import tiny_run, write_images
+from vision_cases import TINY, tiny_run, write_images
 
+from gspn_core.runs.options import make
 from gspn_vision import checkpoint
-from gspn_vision.config import make_config
+from gspn_vision.config import TrainConfig
+from gspn_vision.finetune import freeze, start_from
+from gspn_vision.models import build_model
 from gspn_vision.train import Trainer, train
-from gspn_vision.tuning import freeze, start_from
 
-PLAIN = {"mixup": 0.0, "cutmix": 0.0, "ema_decay": 0.0}
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "ema_decay": None}
 
 
 @pytest.fixture(scope="module")
 def trained(training_folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("trained") / "run"
-    train(make_config({**tiny_run(training_folder), "out": str(run)}))
+    train(make(TrainConfig, {**tiny_run(training_folder), "out": str(run)}))
     return run
 
 
@@ -30,7 +32,7 @@ def weights_of(run, stem="model"):
 
 def test_start_from_a_run_with_another_head(trained, other_classes, tmp_path):
     trainer = Trainer(
-        make_config({**tiny_run(other_classes), "start_from": str(trained), "out": str(tmp_path / "run")})
+        make(TrainConfig, {**tiny_run(other_classes), "start_from": str(trained), "out": str(tmp_path / "run")})
     )
     before = load_file(checkpoint.locate(trained) / "ema.safetensors")
     own = trainer.bare_model.state_dict()
@@ -44,15 +46,15 @@ def test_start_from_a_file(trained, tmp_path):
     weights = weights_of(trained)
     save_file(weights, tmp_path / "weights.safetensors")
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "weights.pth")
-    state = checkpoint.read_state(checkpoint.locate(trained))
+    arguments = {"num_classes": 3, **TINY}
     for file in ("weights.safetensors", "weights.pth"):
-        model = checkpoint.build_model(state["model"]["name"], state["model"]["kwargs"])
+        model = build_model("gspn2_nano", arguments)
         assert start_from(model, str(tmp_path / file)) == []
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 def test_start_from_errors(trained, tmp_path):
-    model = checkpoint.build_model("gspn2_nano", {})
+    model = build_model("gspn2_nano", {})
     with pytest.raises(ValueError, match="another model"):
         start_from(model, str(trained))
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -66,7 +68,7 @@ def test_start_from_errors(trained, tmp_path):
 
 def test_frozen_modules_stay(trained, training_folder, tmp_path):
     options = {**tiny_run(training_folder), **PLAIN, "start_from": str(trained), "freeze": ["stem", "stages.0"]}
-    train(make_config({**options, "out": str(tmp_path / "run")}))
+    train(make(TrainConfig, {**options, "out": str(tmp_path / "run")}))
     before = load_file(checkpoint.locate(trained) / "ema.safetensors")
     after = weights_of(tmp_path / "run")
     frozen = [name for name in after if name.startswith(("stem.", "stages.0."))]
@@ -76,7 +78,7 @@ def test_frozen_modules_stay(trained, training_folder, tmp_path):
 
 
 def test_freeze_errors():
-    model = checkpoint.build_model("gspn2_nano", {})
+    model = build_model("gspn2_nano", {})
     with pytest.raises(ValueError, match="layer7"):
         freeze(model, ["layer7"])
     with pytest.raises(ValueError, match="nothing to train"):
@@ -85,26 +87,26 @@ def test_freeze_errors():
 
 def test_layer_decay_lowers_early_learning_rates(training_folder, tmp_path):
     options = {**tiny_run(training_folder), "layer_decay": 0.5, "out": str(tmp_path / "run")}
-    trainer = Trainer(make_config(options))
+    trainer = Trainer(make(TrainConfig, options))
     rates = {}
-    trainer.scheduler.step_update(4)
+    trainer.lr.set(trainer.optimizer, 4)
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
             rates[id(parameter)] = group["lr"]
     by_name = {name: rates[id(p)] for name, p in trainer.bare_model.named_parameters()}
     head, last, first = (by_name[f"{name}.weight"] for name in ("head.fc", "stages.3.blocks.0.ffn.fc1", "stem.0"))
     assert head > last > first > 0
-    assert head == pytest.approx(trainer._lr)
+    assert head == pytest.approx(trainer.lr.at(4))
 
 
 def test_mesa_needs_averaged_weights():
     with pytest.raises(ValueError, match="ema_decay"):
-        make_config({"mesa": 1.0})
+        make(TrainConfig, {"mesa": 1.0, "ema_decay": None})
 
 
 def test_mesa_is_the_divergence_from_the_averaged_model(training_folder, tmp_path):
     options = {**tiny_run(training_folder), "mesa": 2.0, "mesa_start": 0.0, "out": str(tmp_path / "run")}
-    trainer = Trainer(make_config(options))
+    trainer = Trainer(make(TrainConfig, options))
     trainer.bare_model.eval()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits = trainer.bare_model(images)
@@ -117,7 +119,7 @@ def test_mesa_is_the_divergence_from_the_averaged_model(training_folder, tmp_pat
 
 def test_mesa_changes_what_is_learned_only_after_its_start(training_folder, tmp_path):
     def weights(name, **options):
-        train(make_config({**tiny_run(training_folder), **options, "out": str(tmp_path / name)}))
+        train(make(TrainConfig, {**tiny_run(training_folder), **options, "out": str(tmp_path / name)}))
         return weights_of(tmp_path / name)
 
     plain = weights("plain")

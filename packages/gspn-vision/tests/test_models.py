@@ -14,8 +14,8 @@ from vision_cases import TINY, write_images
 
 from gspn_core import SpatialPropagation
 from gspn_vision.models import Gspn, checkpoint_filter_fn
+from gspn_vision.models.published import PUBLISHED
 from gspn_vision.profile import profile, table
-from gspn_vision.published import PUBLISHED
 
 ALL = timm.list_models("gspn*")
 # Models differ in widths and depths alone, so the long tests take the small ones.

@@ -8,15 +8,20 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import load_file
 from vision_cases import TINY, tiny_run, write_images
 
+import gspn_vision  # noqa: F401  (registers the models)
+from gspn_core.runs import checkpoints
+from gspn_core.runs.errors import NonFiniteLossError
+from gspn_core.runs.logs import read_table
+from gspn_core.runs.options import make
 from gspn_vision import checkpoint
-from gspn_vision.config import make_config
-from gspn_vision.logs import read_table
-from gspn_vision.train import NonFiniteLossError, Trainer, train
+from gspn_vision.config import TrainConfig
+from gspn_vision.train import Trainer, train
 
 
 class Killed(BaseException):
@@ -37,9 +42,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         for key in ("out", "workers", "checkpoint_every"):
             del state["config"][key]
     assert states[0] == states[1]
-    index = [checkpoint.read_index(folder / "checkpoints") for folder in (one, other)]
+    index = [checkpoints.read_index(folder / "checkpoints") for folder in (one, other)]
     assert index[0] == index[1]
-    for table in ("steps.csv", "epochs.csv"):
+    for table in ("train.csv", "validation.csv"):
         rows = [read_table(folder / table) for folder in (one, other)]
         for row in rows[0] + rows[1]:
             row.pop("images_per_second", None)
@@ -48,27 +53,35 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_a_run(tiny_options, tmp_path):
-    summary = train(make_config({**tiny_options, "tensorboard": True}))
+    summary = train(make(TrainConfig, {**tiny_options, "tensorboard": True}))
     run = tmp_path / "run"
     assert summary["steps"] == 8
     assert summary["folder"] == str(run)
-    assert make_config(yaml.safe_load((run / "config.yaml").read_text())).model_kwargs == TINY
-    rows = read_table(run / "steps.csv")
-    assert [(row["step"], row["epoch"]) for row in rows] == [("3", "1"), ("6", "2")]
-    # Linear warm-up over the 4 updates of the first epoch, then cosine; update 3 is the third, counted from 0.
-    assert float(rows[0]["lr"]) == pytest.approx(1e-6 + (1e-3 - 1e-6) * 2 / 4)
-    assert float(rows[1]["lr"]) == pytest.approx(1e-6 + 0.5 * (1e-3 - 1e-6) * (1 + math.cos(math.pi * 5 / 8)))
-    epochs = read_table(run / "epochs.csv")
+    assert make(TrainConfig, yaml.safe_load((run / "config.yaml").read_text())).model_kwargs == TINY
+    rows = read_table(run / "train.csv")
+    assert [(row["step"], row["epoch"]) for row in rows] == [("3", "1"), ("6", "2"), ("8", "2")]
+    # Linear warm-up over the 4 updates of the first epoch, then cosine over the other 4.
+    assert float(rows[0]["lr"]) == pytest.approx(1e-3 * 3 / 4)
+    assert float(rows[1]["lr"]) == pytest.approx(1e-6 + 0.5 * (1e-3 - 1e-6) * (1 + math.cos(math.pi / 4)))
+    assert all(float(row["gradient_norm"]) > 0 for row in rows)
+    epochs = read_table(run / "validation.csv")
     assert [row["step"] for row in epochs] == ["4", "8"]
     assert float(epochs[1]["top1"]) == summary["top1"]
     assert summary["best_top1"] == max(float(row["top1"]) for row in epochs)
     assert len(list((run / "tensorboard").iterdir())) == 1
     state = checkpoint.read_state(checkpoint.locate(run, "latest"))
-    assert (state["step"], state["epoch"], state["update"], state["processes"]) == (8, 2, 0, 1)
+    assert (state["step"], state["processes"]) == (8, 1)
+    # The run's folder `model` is a timm model of the best weights, averaged ones where there are any.
+    model = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
+    best = checkpoint.read_weights(checkpoint.locate(run))
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    config = model.pretrained_cfg
+    assert (model.num_classes, config["input_size"], config["crop_pct"]) == (3, (3, 32, 32), 0.9)
+    assert timm.data.resolve_model_data_config(model)["interpolation"] == "bilinear"
     # A finished run is not trained further.
-    before = checkpoint.read_index(run / "checkpoints")
-    assert train(make_config(tiny_options))["steps"] == 8
-    assert checkpoint.read_index(run / "checkpoints") == before
+    before = checkpoints.read_index(run / "checkpoints")
+    assert train(make(TrainConfig, tiny_options))["steps"] == 8
+    assert checkpoints.read_index(run / "checkpoints") == before
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +90,7 @@ def whole_run(training_folder, tmp_path_factory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("whole")
     deeper = {"model_kwargs": {**TINY, "depths": [1, 1, 2, 1]}, "batch_size": 6, "accumulate": 2}
     options = tiny_run(training_folder) | deeper
-    train(make_config({**options, "out": str(folder / "run")}))
+    train(make(TrainConfig, {**options, "out": str(folder / "run")}))
     return options, folder / "run"
 
 
@@ -86,8 +99,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole_run, tmp_path, monkeyp
     """Stopped within an update, with checkpoints every 2, and continued with another number of loader processes."""
     options, whole = whole_run
     options = {**options, "out": str(tmp_path / "run"), "checkpoint_every": 2}
-    trainer = Trainer(make_config(options))
-    step = Trainer._update_weights
+    trainer = Trainer(make(TrainConfig, options))
+    step = Trainer._update
 
     def interrupted(self, batches):
         loss = step(self, batches)
@@ -96,11 +109,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole_run, tmp_path, monkeyp
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update_weights", interrupted)
+        patch.setattr(Trainer, "_update", interrupted)
         with pytest.raises(Killed):
             trainer.run()
     workers = 2 if update == 3 else 0
-    continued = Trainer(make_config({**options, "workers": workers}))
+    continued = Trainer(make(TrainConfig, {**options, "workers": workers}))
     assert continued.step == update // 2 * 2
     torch.manual_seed(update)  # generators are in no particular state when a run is continued
     continued.run()
@@ -135,22 +148,22 @@ def test_accumulation_equals_a_larger_batch(tiny_options, tmp_path):
     plain = {"mixup": 0, "cutmix": 0, "drop_rate": 0, "drop_path_rate": 0, "optimizer": "sgd", "lr": 1e-3}
     for name, sizes in {"one": (12, 1), "four": (3, 4)}.items():
         out = {"out": str(tmp_path / name), "batch_size": sizes[0], "accumulate": sizes[1]}
-        train(make_config(tiny_options | plain | out))
+        train(make(TrainConfig, tiny_options | plain | out))
     one, four = (load_file(checkpoint.locate(tmp_path / n, "latest") / "model.safetensors") for n in ("one", "four"))
     torch.testing.assert_close(one, four, rtol=0, atol=2e-6)
 
 
 def test_a_non_finite_loss_stops_the_run(tiny_options):
-    options = make_config({**tiny_options, "checkpoint_every": 2, "epochs": 4})
+    options = make(TrainConfig, {**tiny_options, "checkpoint_every": 2, "epochs": 4})
     trainer = Trainer(options)
-    step = Trainer._update_weights
+    step = Trainer._update
 
     def poisoned(batches):
         if trainer.step == 5:
             trainer.bare_model.head.fc.bias.data.fill_(float("nan"))
         return step(trainer, batches)
 
-    trainer._update_weights = poisoned
+    trainer._update = poisoned
     expected = r"the loss is nan at step 6 with learning rate 0\.000\d+; last good checkpoint: .*step-00000004$"
     with pytest.raises(NonFiniteLossError, match=expected):
         trainer.run()
@@ -158,28 +171,28 @@ def test_a_non_finite_loss_stops_the_run(tiny_options):
 
 
 def test_a_diverging_run_is_stopped(tiny_options):
-    wild = {"lr": 1e30, "optimizer": "sgd", "ema_decay": 0, "warmup_epochs": 0}
+    wild = {"lr": 1e30, "optimizer": "sgd", "ema_decay": None, "warmup_epochs": 0, "clip_grad": None}
     with pytest.raises(NonFiniteLossError, match=r"at step [23] with learning rate \S+; last good checkpoint: none"):
-        train(make_config(tiny_options | wild))
+        train(make(TrainConfig, tiny_options | wild))
 
 
 def test_the_learning_rate_is_scaled(tiny_options):
-    trainer = Trainer(make_config({**tiny_options, "lr": 1e-3, "lr_batch": 24}))
-    assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(5e-4)
+    trainer = Trainer(make(TrainConfig, {**tiny_options, "lr": 1e-3, "lr_batch": 24}))
+    assert trainer.lr.at(trainer.lr.warmup_steps) == pytest.approx(5e-4)
 
 
 def test_a_continuation_with_other_options_is_refused(tiny_options):
-    train(make_config({**tiny_options, "epochs": 2}))
+    train(make(TrainConfig, {**tiny_options, "epochs": 2}))
     cases = {
         "lr must be 0.001 to continue the run in .*, got 0.002": {"lr": 2e-3},
-        "holds a checkpoint of another model: gspn2_nano, not gspn_nano": {"model": "gspn_nano"},
+        "model must be 'gspn2_nano' to continue the run in .*, got 'gspn_nano'": {"model": "gspn_nano"},
         "images per update .* must be 12 to continue .*, got 6": {"batch_size": 6},
         "resume is 'never' but .* already holds a run": {"resume": "never"},
     }
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message):
-            Trainer(make_config(tiny_options | change))
-    Trainer(make_config(tiny_options | {"batch_size": 6, "accumulate": 2, "workers": 1}))
+            Trainer(make(TrainConfig, tiny_options | change))
+    Trainer(make(TrainConfig, tiny_options | {"batch_size": 6, "accumulate": 2, "workers": 1}))
 
 
 def test_unreadable_images_in_training(tiny_options, tmp_path, capsys):
@@ -187,8 +200,8 @@ def test_unreadable_images_in_training(tiny_options, tmp_path, capsys):
     (folder / "train" / "red" / "3.png").write_bytes(b"broken")
     change = {"data": str(folder), "batch_size": 8, "out": str(tmp_path / "run")}
     with pytest.raises(ValueError, match=r"cannot read image '.*red/3\.png': not an image"):
-        train(make_config(tiny_options | change))
-    summary = train(make_config(tiny_options | change | {"unreadable": "skip"}))
+        train(make(TrainConfig, tiny_options | change))
+    summary = train(make(TrainConfig, tiny_options | change | {"unreadable": "skip"}))
     assert summary["steps"] == 4
     text = capsys.readouterr().err
     assert text.count("red/3.png") == 1
@@ -197,18 +210,30 @@ def test_unreadable_images_in_training(tiny_options, tmp_path, capsys):
 
 def test_bad_runs_write_nothing(tiny_options, tmp_path):
     cases = {
-        "unknown model 'gspn9'": {"model": "gspn9"},
+        "model must be a timm model .*, got 'gspn9'": {"model": "gspn9"},
         "optimizer 'adamx' cannot be made": {"optimizer": "adamx"},
         "no folder 'absent'": {"data": "absent"},
-        "must fill one update of 6400 images": {"batch_size": 6400},
         "model_kwargs do not suit gspn2_nano": {"model_kwargs": {"tokens": 3}},
     }
     for message, change in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            train(make_config(tiny_options | change))
+            train(make(TrainConfig, tiny_options | change))
     assert not (tmp_path / "run").exists()
 
 
 def test_any_timm_model_trains(tiny_options):
-    options = {"model": "test_convnext", "model_kwargs": {}, "grad_checkpointing": True}
-    assert train(make_config(tiny_options | options))["steps"] == 8
+    options = {"model": "test_convnext", "model_kwargs": {}, "gradient_checkpointing": True}
+    assert train(make(TrainConfig, tiny_options | options))["steps"] == 8
+
+
+def test_data_smaller_than_an_update_train_too(tiny_options):
+    """An epoch is one update then, of images that come up more than once."""
+    assert train(make(TrainConfig, tiny_options | {"batch_size": 60, "workers": 0}))["steps"] == 2
+
+
+def test_no_averages(tiny_options, tmp_path):
+    summary = train(make(TrainConfig, tiny_options | {"ema_decay": None}))
+    assert not list((tmp_path / "run").rglob("ema.safetensors"))
+    model = timm.create_model(f"local-dir:{summary['model']}", pretrained=True)
+    best = checkpoint.read_weights(checkpoint.locate(tmp_path / "run"), "model")
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())

@@ -6,7 +6,7 @@ from PIL import Image
 from vision_cases import TINY
 
 from gspn_core import DIRECTIONS
-from gspn_vision import figures, visualize
+from gspn_vision import visualize
 from gspn_vision.data import Preprocessing
 
 PREP = Preprocessing(
@@ -73,7 +73,7 @@ def test_sizes(model, photograph):
     assert result.photograph.size == (200, 64)
     assert result.pixel == (63, 198)
     assert result.maps.shape == (4, 4, 13)
-    with pytest.raises(ValueError, match="size must be at least 32 by 32, got 20 by 200"):
+    with pytest.raises(ValueError, match="image_size must be at least 32x32, got 20x200"):
         visualize.heat_maps(model, PREP, photograph, size=(20, 200))
     with pytest.raises(ValueError, match="has no propagation layer"):
         visualize.heat_maps(timm.create_model("test_convnext"), PREP, photograph)
@@ -86,19 +86,6 @@ def test_the_drawing_is_an_image_of_several_colours(model, photograph, tmp_path,
     pixels = imread(tmp_path / "maps.png")
     assert pixels.shape[2] == 4
     assert len({tuple(p) for p in (pixels[::7, ::7].reshape(-1, 4) * 255).astype(int).tolist()}) > 100
-
-
-def test_figures(tmp_path):
-    (tmp_path / "epochs.csv").write_text(
-        "step,epoch,train_loss,validation_loss,top1,top5,best_top1\n4,1,2.0,,,,\n8,2,1.5,1.4,50.0,90.0,50.0\n"
-    )
-    figures.training_curve(tmp_path, tmp_path / "curve.png", "run")
-    figures.confusion_matrix(torch.eye(3).long() * 4, ["a", "b", "long name"], tmp_path / "matrix.png", "matrix")
-    image = Image.new("L", (8, 8))
-    figures.gallery([image] * 3, ["1", "2", "3"], ["1", "2", "4"], [0.9] * 3, tmp_path / "gallery.png", "digits")
-    for name in ("curve", "matrix", "gallery"):
-        with Image.open(tmp_path / f"{name}.png") as figure:
-            assert min(figure.size) > 150
 
 
 def test_a_page_of_all_layers(model, photograph, tmp_path):

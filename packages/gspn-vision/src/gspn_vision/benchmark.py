@@ -11,18 +11,23 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.models import is_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import gspn_core
+from gspn_core.runs.files import write_json
+from gspn_core.runs.options import ImageSize, to_plain
+from gspn_core.runs.training import device_of
 
-from . import __version__, models  # noqa: F401  (registers with timm)
+from . import __version__
+from .config import BenchmarkConfig
+from .models.build import check_name
 
 # What the papers compare with, as timm names it.
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "deit_small_patch16_224")
@@ -46,7 +51,8 @@ def _step(model: nn.Module, mode: Mode, images: torch.Tensor, precision: str) ->
     device = images.device.type
 
     def autocast() -> AbstractContextManager[Any]:
-        return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
     if mode == "inference":
         model.eval()
@@ -85,11 +91,11 @@ def measure(
     batch_sizes: Sequence[int],
     *,
     modes: Sequence[Mode] = ("inference", "training"),
-    size: int = 224,
-    precision: str = "no",
+    image_size: ImageSize | None = None,
+    precision: str = "fp32",
     compile: bool = False,
     repeats: int = 10,
-    device: str | None = None,
+    device: str = "auto",
     progress: bool = False,
 ) -> list[Speed]:
     """Time every model at every batch size, on random images.
@@ -98,23 +104,23 @@ def measure(
         names: timm models.
         batch_sizes: images per step.
         modes: inference, training (forward, backward, an AdamW step), or both.
-        size: height and width.
-        precision: "no" or "bf16" (autocast).
+        image_size: height and width; None is 224x224.
+        precision: "fp32", "bf16" or "fp16" (autocast).
         compile: measure models that went through torch.compile.
         repeats: timed steps of each contestant; the median counts.
-        device: the GPU if there is one and none is named.
+        device: "auto" or "cpu".
         progress: show a bar.
 
     Raises:
         ValueError: an unknown model, or a number that is not positive.
     """
     for name in names:
-        if not is_model(name):
-            raise ValueError(f"model must be a timm model (`gspn*` are this package's), got {name!r}")
-    for option, value in (("size", size), ("repeats", repeats), *(("batch_sizes", b) for b in batch_sizes)):
+        check_name(name)
+    for option, value in (("repeats", repeats), *(("batch_sizes", b) for b in batch_sizes)):
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_of(device)
+    size = image_size or ImageSize(224, 224)
     rows: list[Speed] = []
     with tqdm(total=len(modes) * len(batch_sizes), unit="round", disable=not progress) as bar:
         for mode in modes:
@@ -129,7 +135,7 @@ def _round(
     names: Sequence[str],
     mode: Mode,
     batch_size: int,
-    size: int,
+    size: ImageSize,
     precision: str,
     compile: bool,
     repeats: int,
@@ -138,7 +144,7 @@ def _round(
     rows = {name: Speed(name, mode, batch_size) for name in names}
     steps: dict[str, Callable[[], None]] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
-    images = torch.randn(batch_size, 3, size, size, device=device)
+    images = torch.randn(batch_size, 3, *size, device=device)
 
     def attempt(name: str, run: Callable[[], object]) -> None:
         try:
@@ -178,7 +184,7 @@ def report(rows: Sequence[Speed], **settings: Any) -> dict[str, Any]:
         "timm": timm.__version__,
         "gspn_vision": __version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": settings,
+        "settings": to_plain(settings),
         "rows": [asdict(row) for row in rows],
     }
 
@@ -196,3 +202,26 @@ def table(rows: Sequence[Speed]) -> str:
             lines.append(f"{name:{width}s}  {mode:9s}" + "".join(f"  {cell:>10s}" for cell in shown))
             notes += [f"{name}, {mode}, batch {b}: {cells[b].reason}" for b in batch_sizes if cells[b].reason]
     return "\n".join([*lines, *notes])
+
+
+def run(config: BenchmarkConfig) -> dict[str, Any]:
+    """Measure as configured, and write the file asked for."""
+    names = [*config.models, *(peer for peer in PEERS if config.peers and peer not in config.models)]
+    settings: dict[str, Any] = {
+        "modes": config.modes,
+        "image_size": config.image_size,
+        "precision": config.precision,
+        "compile": config.compile,
+        "repeats": config.repeats,
+        "device": config.device,
+    }
+    rows = measure(names, config.batch_sizes, **settings, progress=config.progress)
+    result = report(rows, **settings)
+    if config.out is not None:
+        write_json(Path(config.out), result)
+    return result
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Return the table."""
+    return table([Speed(**row) for row in result["rows"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import build_model, load_model
+from gspn_core.runs.files import replacing
+
+from .checkpoint import load_model
+from .config import ExportConfig
+from .models import build_model
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _AXES = {0: "batch", 2: "height", 3: "width"}
@@ -41,19 +44,6 @@ class Exported:
     difference: float | None
     largest: float | None
 
-    def as_text(self) -> str:
-        """Return lines for people."""
-        lines = [
-            f"{self.path}: {self.bytes / 1e6:.1f} MB",
-            f"input   images ({', '.join(map(str, self.images))}) float32",
-            f"output  logits ({', '.join(map(str, self.logits))}) float32",
-        ]
-        if self.difference is None:
-            lines.append("not checked: pip install onnxruntime to compare its outputs with the model's")
-        else:
-            lines.append(f"checked: outputs up to {self.largest:.4g} differ from the model's by {self.difference:.2g}")
-        return "\n".join(lines)
-
 
 def open_model(
     name: str | None, checkpoint: str | None, *, which: str = "best", weights: str = "auto"
@@ -65,10 +55,10 @@ def open_model(
         FileNotFoundError: there is no such checkpoint.
     """
     if (name is None) == (checkpoint is None):
-        raise ValueError(f"give a model or --checkpoint, got {'neither' if name is None else 'both'}")
+        raise ValueError(f"give either model or checkpoint, got {'neither' if name is None else 'both'}")
     if checkpoint is not None:
-        model, preprocessing, _ = load_model(checkpoint, which=which, weights=weights)
-        return model, (preprocessing.in_chans, *preprocessing.size)
+        loaded = load_model(checkpoint, which=which, weights=weights)
+        return loaded.model, (loaded.preprocessing.in_chans, *loaded.preprocessing.size)
     assert name is not None
     model = build_model(name, {}).eval()
     own: Any = model.pretrained_cfg
@@ -109,7 +99,6 @@ def export(
     open_axes = [axis for axis in _AXES if (batch is None if axis == 0 else dynamic_size)]
     # Two images, where the number is open: the exporter takes one for a constant.
     images = _noise((batch or 2, *input_size))
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     # Under autograd the scans save states, and torch.export would limit the sizes to those that need as many.
     with torch.no_grad():
         try:
@@ -117,14 +106,10 @@ def export(
         except (AssertionError, RuntimeError, ValueError) as error:
             size, reason = f"{input_size[1]}x{input_size[2]}", str(error).partition("\n")[0]
             raise ValueError(f"the model does not take images of {size}: {reason}") from error
-        try:
+        with replacing(path, path.suffix) as temporary:
             run = (_onnx if format == "onnx" else _torch)(model, images, temporary, open_axes)
             difference, largest = _compare(run, model, images, open_axes) if run is not None else (None, None)
-            _sync(temporary)
-            count = temporary.stat().st_size
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        count = path.stat().st_size
     return Exported(
         path=path,
         bytes=count,
@@ -148,11 +133,6 @@ def _check_arguments(path: Path, format: str, input_size: tuple[int, int, int], 
         raise ValueError(f"channels, height and width must be at least 1, got {tuple(input_size)}")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 _Run = Callable[[Tensor], Tensor]
@@ -224,3 +204,33 @@ def _compare(run: _Run, model: nn.Module, images: Tensor, open_axes: list[int]) 
             raise ExportMismatchError(f"the file's outputs differ from the model's, up to {scale:.4g}, by {apart:.2g}")
         difference, largest = max(difference, apart), max(largest, scale)
     return difference, largest
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Export as configured."""
+    model, (channels, *own) = open_model(config.model, config.checkpoint, which=config.which, weights=config.weights)
+    height, width = config.image_size or own
+    exported = export(
+        model,
+        config.out or f"model{SUFFIXES[config.format]}",
+        input_size=(channels, height, width),
+        format=config.format,
+        batch=config.batch_size,
+        dynamic_size=config.dynamic_size,
+    )
+    return {**vars(exported), "path": str(exported.path)}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Return lines for people."""
+    lines = [
+        f"{result['path']}: {result['bytes'] / 1e6:.1f} MB",
+        f"input   images ({', '.join(map(str, result['images']))}) float32",
+        f"output  logits ({', '.join(map(str, result['logits']))}) float32",
+    ]
+    if result["difference"] is None:
+        lines.append("not checked: pip install onnxruntime to compare its outputs with the model's")
+    else:
+        difference, largest = result["difference"], result["largest"]
+        lines.append(f"checked: outputs up to {largest:.4g} differ from the model's by {difference:.2g}")
+    return "\n".join(lines)

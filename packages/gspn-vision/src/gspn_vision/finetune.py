@@ -8,12 +8,15 @@ from pathlib import Path
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from . import checkpoint
+from gspn_core.runs.checkpoints import load_weights
+
+from .checkpoint import locate
+from .checkpoint import read_weights as read_checkpoint
 from .models import checkpoint_filter_fn
 
 
 def read_weights(origin: str) -> dict[str, Tensor]:
-    """Read the weights of a run or checkpoint of ours, averaged ones first, or of a file that timm reads.
+    """Read the weights of a run, a checkpoint or a timm folder, averaged ones first, or of a file that timm reads.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -21,8 +24,7 @@ def read_weights(origin: str) -> dict[str, Tensor]:
     """
     path = Path(origin)
     if path.is_dir():
-        found = checkpoint.locate(path)
-        return checkpoint.read_tensors(found, "ema" if (found / "ema.safetensors").exists() else "model")
+        return read_checkpoint(locate(path))
     if not path.is_file():
         raise FileNotFoundError(f"start_from must be a run, a checkpoint or a file of weights, got {origin!r}")
     try:
@@ -51,7 +53,7 @@ def start_from(model: nn.Module, origin: str) -> list[str]:
     if not isinstance(classifier, nn.Identity):
         weights = {name: tensor for name, tensor in weights.items() if name not in fresh}
         weights |= {name: own[name] for name in fresh}
-    checkpoint.load_weights(model, weights, origin)
+    load_weights(model, weights, origin)
     return fresh
 
 

@@ -11,7 +11,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .data import Digits, Preprocessing, Unreadable, UnreadableImageError, read_image
+from gspn_core.runs.training import device_of
+
+from .checkpoint import load_model
+from .config import PredictConfig
+from .data import Preprocessing, Unreadable
+from .sources import Digits, UnreadableImageError, read_image
 
 _SUFFIXES = frozenset(Image.registered_extensions())
 
@@ -95,13 +100,22 @@ def predict(
     return guesses
 
 
-def as_text(guess: Guess) -> str:
+def run(config: PredictConfig) -> dict[str, Any]:
+    """Predict as configured."""
+    loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
+    model = loaded.model.to(device_of(config.device))
+    policy = Unreadable(config.unreadable)
+    guesses = predict(model, loaded.preprocessing, loaded.class_names, config.images, top=config.top, unreadable=policy)
+    return {"images": [dataclasses.asdict(guess) for guess in guesses]}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Return a line for each image."""
+    return "\n".join(line_of(Guess(**values)) for values in result["images"])
+
+
+def line_of(guess: Guess) -> str:
     """Return a line for people."""
     parts = [f"{c} {100 * p:.1f}%" for c, p in zip(guess.classes, guess.probabilities, strict=True)]
     truth = f"   (is {guess.truth})" if guess.truth is not None else ""
     return f"{guess.image}: {', '.join(parts)}{truth}"
-
-
-def as_dict(guess: Guess) -> dict[str, Any]:
-    """Return plain JSON values."""
-    return dataclasses.asdict(guess)

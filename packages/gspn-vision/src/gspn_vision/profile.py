@@ -8,12 +8,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import is_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import models  # noqa: F401  (registers with timm)
-from .published import PUBLISHED
+from .config import ProfileConfig
+from .models.build import check_name
+from .models.published import PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def profile(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Pr
     Raises:
         ValueError: timm knows no such model, or it does not take images of this size.
     """
-    if not is_model(name):
-        raise ValueError(f"model must be a timm model (`gspn*` are this package's), got {name!r}")
+    check_name(name)
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs).eval()
     own: Any = model.pretrained_cfg
@@ -73,3 +72,16 @@ def table(profiles: Sequence[Profile]) -> str:
                 line += f", {100 * (p.macs / 1e9 / published.macs - 1):+.1f}%"
         lines.append(line)
     return "\n".join(lines)
+
+
+def run(config: ProfileConfig) -> dict[str, Any]:
+    """Count as configured."""
+    size = None if config.image_size is None else (config.image_size.height, config.image_size.width)
+    profiles = [profile(name, size) for name in config.models or timm.list_models("gspn*")]
+    return {"models": [counted.as_dict() for counted in profiles]}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Return the table."""
+    fields = ("model", "size", "params", "macs")
+    return table([Profile(*(values[field] for field in fields)) for values in result["models"]])

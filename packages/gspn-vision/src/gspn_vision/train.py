@@ -6,38 +6,36 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from timm.data import Mixup, resolve_model_data_config
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from . import checkpoint
-from .config import FREE_TO_CHANGE, TrainConfig, to_dict, to_yaml
-from .data import (
-    Batch,
-    Preprocessing,
-    Samples,
-    Unreadable,
-    open_source,
-    training_loader,
-    validation_loader,
-)
-from .evaluate import Metrics, evaluate
-from .logs import Logs
-from .sampling import INIT, STEP, EpochBatches, seed_all
-from .tuning import freeze, start_from
+from gspn_core.runs import checkpoints
+from gspn_core.runs.files import make_folder, write_text
+from gspn_core.runs.logs import Log
+from gspn_core.runs.options import to_dict, to_yaml
+from gspn_core.runs.order import INIT, STEP, Order, seed_all
+from gspn_core.runs.training import FREE_TO_CHANGE, LearningRate, Meter, averaged, check_same_run, make_accelerator
 
+from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, write_model
+from .config import TrainConfig
+from .data import Batch, Preprocessing, Samples, Unreadable, training_loader, validation_loader
+from .finetune import freeze, start_from
+from .models import build_model
+from .sources import open_source
+from .validate import evaluate
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or not a number."""
+FREE = FREE_TO_CHANGE | {"data_root", "download", "unreadable"}
+TABLES = {
+    "train": ["epoch", "loss", "gradient_norm", "lr", "images_per_second"],
+    "validation": ["epoch", "loss", "top1", "top5", "best_top1"],
+}
 
 
 def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def preprocessing_of(config: TrainConfig, model: nn.Module) -> Preprocessing:
 
     return Preprocessing(
         in_chans=config.in_chans,
-        size=config.size,
+        size=(config.image_size.height, config.image_size.width),
         mean=config.mean or fit(tuple(own["mean"])),
         std=config.std or fit(tuple(own["std"])),
         interpolation=config.interpolation,
@@ -79,49 +77,59 @@ class Trainer:
         self.config = config
         self.folder = config.folder
         self.checkpoints = self.folder / "checkpoints"
-        self.accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulate,
-        )
+        self.accelerator = make_accelerator(config.device, config.precision, config.accumulate)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if config.deterministic:
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
-        world = {
-            "rank": self.accelerator.process_index,
-            "world_size": self.accelerator.num_processes,
-        }
-        options: dict[str, Any] = {"root": config.data_root, "download": config.download}
-        train_source = open_source(config.data, config.train_split, **options)
-        self.class_names = train_source.class_names
-        val_source = open_source(config.data, config.val_split, class_names=self.class_names, **options)
-        self.batches = EpochBatches(
-            len(train_source),
-            config.batch_size,
-            accumulate=config.accumulate,
-            seed=config.seed,
-            **world,
-        )
-        self.updates = self.batches.updates_per_epoch
-        self.images_per_update = config.batch_size * config.accumulate * world["world_size"]
-
+        self._open_data()
         seed_all(INIT, config.seed)
         self.model_kwargs = model_arguments(config, len(self.class_names))
-        self.bare_model = checkpoint.build_model(config.model, self.model_kwargs)
+        self.bare_model = build_model(config.model, self.model_kwargs)
         self.preprocessing = preprocessing_of(config, self.bare_model)
-        if config.grad_checkpointing:
+        self.timm_config = timm_config(self.bare_model, self.model_kwargs, self.class_names, self.preprocessing)
+        if config.gradient_checkpointing:
             self.bare_model.set_grad_checkpointing()  # type: ignore[operator]
+        self._make_loaders()
+        self.step = 0
+        self.best: dict[str, Any] = {"top1": -1.0, "checkpoint": None}
+        self.metrics: dict[str, float] | None = None
+        self._restore_or_start()
 
+    def _open_data(self) -> None:
+        config = self.config
+        options: dict[str, Any] = {"root": config.data_root, "download": config.download}
+        self.train_source = open_source(config.data, config.train_split, **options)
+        self.class_names = self.train_source.class_names
+        self.val_source = open_source(config.data, config.val_split, class_names=self.class_names, **options)
+        self.images_per_update = config.batch_size * config.accumulate * self.world
+        # Permutations of the data follow each other without a gap: what does not fill an epoch's last update comes
+        # first in the next epoch.
+        self.updates_per_epoch = max(1, len(self.train_source) // self.images_per_update)
+        self.steps = config.epochs * self.updates_per_epoch
+        self.order = Order(
+            len(self.train_source),
+            config.batch_size,
+            config.accumulate,
+            self.steps,
+            seed=config.seed,
+            rank=self.rank,
+            world_size=self.world,
+            with_epoch=True,
+        )
+
+    def _make_loaders(self) -> None:
+        config, prep = self.config, self.preprocessing
         pin = self.accelerator.device.type == "cuda"
-        prep = self.preprocessing
-        train_samples = Samples(train_source, prep.training_transform(config), prep.mode, seed=config.seed)
-        self.train_loader = training_loader(train_samples, self.batches, config.workers, pin)
+        samples = Samples(self.train_source, prep.training_transform(config), prep.mode, seed=config.seed)
+        self.train_loader = training_loader(samples, self.order, config.workers, pin)
         self.val_loader = validation_loader(
-            Samples(val_source, prep.transform(), prep.mode),
+            Samples(self.val_source, prep.transform(), prep.mode),
             config.batch_size,
             config.workers,
             pin,
-            **world,
+            rank=self.rank,
+            world_size=self.world,
         )
         self.unreadable = Unreadable(config.unreadable)
         self.mixup = None
@@ -134,38 +142,36 @@ class Trainer:
                 num_classes=len(self.class_names),
             )
 
-        self.step = 0
-        self.epoch = 0
-        self.update = 0  # within the epoch
-        self.epoch_loss = 0.0  # sum over the epoch's updates so far
-        self.row_losses: list[float] = []  # of the updates since the last row of the log
-        self.best: dict[str, Any] = {"top1": -1.0, "checkpoint": None}
-        self.metrics: dict[str, float] | None = None
-        self._restore_or_start()
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """What a run depends on beside its options."""
+        return {
+            "images per update (batch_size * accumulate * processes)": self.images_per_update,
+            "the classes": self.class_names,
+            "the number of training images": len(self.train_source),
+        }
 
     def _restore_or_start(self) -> None:
         """Load the newest checkpoint, if any, and set up all that depends on the weights."""
         config = self.config
-        latest = checkpoint.read_index(self.checkpoints).get("latest")
-        if latest and config.resume == "never":
+        newest = checkpoints.latest(self.checkpoints)
+        if newest and config.resume == "never":
             raise ValueError(f"resume is 'never' but {self.folder} already holds a run; give another folder as `out`")
-        state = checkpoint.read_state(self.checkpoints / latest) if latest else None
-        if state:
-            self._check_same_run(state)
-            weights = checkpoint.read_tensors(self.checkpoints / str(latest), "model")
-            checkpoint.load_weights(self.bare_model, weights, str(latest))
+        state = checkpoints.read_state(newest, FORMAT) if newest else {}
+        if newest:
+            check_same_run(self.folder, state["config"] | state["facts"], to_dict(config) | self._facts, FREE)
+            checkpoints.load_weights(self.bare_model, read_weights(newest, "model"), newest)
         elif config.start_from is not None:
             start_from(self.bare_model, config.start_from)
         freeze(self.bare_model, config.freeze)
 
-        device = self.accelerator.device
-        self.bare_model.to(device)
-        self.ema = None
-        if config.ema_decay > 0:
-            self.ema = ModelEmaV3(self.bare_model, decay=config.ema_decay, use_warmup=config.ema_warmup)
-        lr = config.lr
-        if config.lr_batch is not None:
-            lr *= self.images_per_update / config.lr_batch
+        self.bare_model.to(self.accelerator.device).train()
+        self.ema: AveragedModel | None = None
+        if config.ema_decay is not None:
+            self.ema = averaged(self.bare_model, config.ema_decay, warmup=config.ema_warmup)
+        lr = config.lr * (1 if config.lr_batch is None else self.images_per_update / config.lr_batch)
+        warmup = round(config.warmup_epochs * self.updates_per_epoch)
+        self.lr = LearningRate(lr, config.min_lr, config.lr_schedule, self.steps, warmup)
         try:
             self.optimizer = create_optimizer_v2(
                 self.bare_model,
@@ -176,106 +182,56 @@ class Trainer:
             )
         except (AssertionError, ValueError) as error:
             raise ValueError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            config.schedule,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates,
-        )
         if config.compile:
             self.bare_model.compile()
         self.model, self.stepper = self.accelerator.prepare(self.bare_model, self.optimizer)
-        if state:
-            self._load_state(self.checkpoints / str(latest), state)
-
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        free = FREE_TO_CHANGE | {"batch_size", "accumulate"}
-        if state["model"]["name"] != self.config.model:
-            raise ValueError(
-                f"{self.folder} holds a checkpoint of another model: {state['model']['name']}, not {self.config.model}"
-            )
-        now = to_dict(self.config)
-        for key, before in state["config"].items():
-            if key not in free and now.get(key) != before:
-                raise ValueError(
-                    f"{key} must be {before!r} to continue the run in {self.folder}, got {now.get(key)!r}; "
-                    "give another folder as `out` for a new run"
-                )
-        if state["images_per_update"] != self.images_per_update:
-            raise ValueError(
-                f"images per update (batch_size * accumulate * processes) must be "
-                f"{state['images_per_update']} to continue the run in {self.folder}, got {self.images_per_update}"
-            )
-        if state["class_names"] != self.class_names:
-            raise ValueError(f"the classes of {self.config.data} are not those of the run in {self.folder}")
-
-    def _load_state(self, path: Path, state: dict[str, Any]) -> None:
-        tensors = checkpoint.read_tensors(path, "optimizer")
-        checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
-        if self.ema is not None:
-            checkpoint.load_weights(self.ema.module, checkpoint.read_tensors(path, "ema"), str(path))
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        for name in ("step", "epoch", "update", "epoch_loss", "row_losses", "best", "metrics"):
-            setattr(self, name, state[name])
+        if newest:
+            scaler = self.accelerator.scaler
+            checkpoints.unpack(newest, state, self.bare_model, self.optimizer, self.ema, WEIGHTS["ema"], scaler)
+            self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
+        names = ["loss", "gradient_norm"]
+        self.meter = Meter(self.accelerator, names, self.images_per_update, state.get("pending", ()))
 
     def _save(self) -> None:
         """Write a checkpoint of this moment; every process calls it."""
+        pending = self._rows()
         if self.accelerator.is_main_process:
-            self.logs.sync()
-            name = f"step-{self.step:08d}"
-            tensors, packed = checkpoint.pack_optimizer(self.optimizer)
-            files = {"model": self.bare_model.state_dict(), "optimizer": tensors}
+            self.log.sync()
+            tensors = {WEIGHTS["model"]: self.bare_model.state_dict()}
             if self.ema is not None:
-                files["ema"] = self.ema.module.state_dict()
-            scaler = self.accelerator.scaler
+                tensors[WEIGHTS["ema"]] = self.ema.module.state_dict()
+            tensors[checkpoints.OPTIMIZER], values = checkpoints.pack(
+                self.bare_model, self.optimizer, self.ema, self.accelerator.scaler
+            )
+            config = self.config
             state = {
-                "format": "gspn-vision 1",
-                "model": {"name": self.config.model, "kwargs": self.model_kwargs},
-                "class_names": self.class_names,
-                "preprocessing": vars(self.preprocessing),
-                "data": {
-                    "name": self.config.data,
-                    "root": self.config.data_root,
-                    "val_split": self.config.val_split,
-                },
+                "format": FORMAT,
+                "data": {"name": config.data, "root": config.data_root, "val_split": config.val_split},
                 "step": self.step,
-                "epoch": self.epoch,
-                "update": self.update,
-                "epoch_loss": self.epoch_loss,
-                "row_losses": self.row_losses,
                 "best": self.best,
                 "metrics": self.metrics,
-                "images_per_update": self.images_per_update,
-                "processes": self.accelerator.num_processes,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "config": to_dict(self.config),
-                "optimizer": packed,
+                "processes": self.world,
+                "pending": pending,
+                "facts": self._facts,
+                "config": to_dict(config),
+                **values,
             }
-            checkpoint.save(
-                self.checkpoints,
-                name,
-                files,
-                state,
-                best=self.best["checkpoint"],
-                keep=self.config.keep_checkpoints,
+            best = self.best["checkpoint"]
+            keep = config.keep_checkpoints
+            checkpoints.save(
+                self.checkpoints, self.step, tensors, {CONFIG: self.timm_config}, state, keep=keep, best=best
             )
         self.accelerator.wait_for_everyone()
 
-    def _update_weights(self, batches: Iterator[Batch]) -> Tensor:
-        """Take one optimizer step; return this process's mean loss, on the device."""
-        config = self.config
-        device = self.accelerator.device
-        total = torch.zeros((), device=device)
-        self.scheduler.step_update(self.step)
+    def _update(self, batches: Iterator[Batch]) -> Tensor:
+        """Take one optimizer step; return this process's mean loss and the gradient's norm, on the device."""
+        config, device = self.config, self.accelerator.device
+        total = torch.zeros(2, device=device)
+        self.lr.set(self.optimizer, self.step)
         for micro in range(config.accumulate):
             batch = next(batches)
             self.unreadable.note(batch.unreadable)
-            seed_all(STEP, config.seed, self.step, micro, self.accelerator.process_index)
+            seed_all(STEP, config.seed, self.step, micro, self.rank)
             images = batch.images.to(device, non_blocking=True)
             targets = batch.targets.to(device, non_blocking=True)
             smoothing = config.label_smoothing
@@ -285,18 +241,18 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 logits = self.model(images)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                if config.mesa > 0 and self.epoch >= config.mesa_start * config.epochs:
+                if config.mesa > 0 and self.step >= config.mesa_start * self.steps:
                     loss = loss + config.mesa * self._sharpness(images, logits)
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and config.clip_grad:
-                    self.accelerator.clip_grad_norm_(self.bare_model.parameters(), config.clip_grad)
+                if self.accelerator.sync_gradients:
+                    limit = math.inf if config.clip_grad is None else config.clip_grad
+                    total[1] = self.accelerator.clip_grad_norm_(self.bare_model.parameters(), limit)
                 self.stepper.step()
                 self.stepper.zero_grad()
-            total += loss.detach() / config.accumulate
+            total[0] += loss.detach() / config.accumulate
         self.step += 1
-        self.update += 1
         if self.ema is not None:
-            self.ema.update(self.bare_model, step=self.step)
+            self.ema.update_parameters(self.bare_model)
         return total
 
     def _sharpness(self, images: Tensor, logits: Tensor) -> Tensor:
@@ -306,153 +262,109 @@ class Trainer:
         """
         assert self.ema is not None
         with torch.no_grad(), self.accelerator.autocast():
-            averaged = self.ema.module(images).float()
-        return F.kl_div(
-            logits.float().log_softmax(-1), averaged.log_softmax(-1), log_target=True, reduction="batchmean"
-        )
+            means = self.ema.module(images).float()
+        return F.kl_div(logits.float().log_softmax(-1), means.log_softmax(-1), log_target=True, reduction="batchmean")
+
+    def _rows(self) -> list[list[float]]:
+        return self.meter.collect(self.step, self.lr, checkpoints.latest(self.checkpoints))
 
     @property
-    def _lr(self) -> float:
-        """The learning rate that layer decay and the like scale down."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+    def _epoch(self) -> int:
+        """The epoch of the last update, counted from 1."""
+        return (self.step - 1) // self.updates_per_epoch + 1
 
-    def _collect(self, losses: list[Tensor]) -> float | None:
-        """Move the losses of the last updates off the device, add them up and write the rows that are due.
-
-        Raises:
-            NonFiniteLossError: one of them is infinite or not a number.
-        """
-        if not losses:
-            return None
-        values: Any = self.accelerator.reduce(torch.stack(losses), "mean")
-        first = self.step - len(losses)
-        losses.clear()
-        value = 0.0
-        for offset, value in enumerate(values.tolist()):
-            step = first + offset + 1
-            self.scheduler.step_update(step - 1)
-            lr = self._lr
-            if not math.isfinite(value):
-                index = checkpoint.read_index(self.checkpoints)
-                good = self.checkpoints / index["latest"] if index else "none"
-                raise NonFiniteLossError(
-                    f"the loss is {value} at step {step} with learning rate {lr:.3g}; last good checkpoint: {good}"
-                )
-            self.epoch_loss += value
-            self.row_losses.append(value)
-            if step % self.config.log_every == 0:
-                mean = sum(self.row_losses) / len(self.row_losses)
-                self.row_losses = []
-                if self.accelerator.is_main_process:
-                    epoch = (step - 1) // self.updates + 1
-                    self.logs.add("steps", step, epoch=epoch, loss=mean, lr=lr, images_per_second=self.speed)
-        return value
-
-    def _train_epoch(self) -> None:
-        config = self.config
-        self.model.train()
-        self.batches.set_position(self.epoch, self.update)
-        losses: list[Tensor] = []
-        self.speed = 0.0
-        done, since = 0, time.perf_counter()
-        bar = tqdm(
-            total=self.updates,
-            initial=self.update,
-            desc=f"epoch {self.epoch + 1}/{config.epochs}",
-            unit="update",
-            disable=not (config.progress and self.accelerator.is_main_process),
+    def _validate(self) -> None:
+        """Measure the averaged weights, or the plain ones where none are kept, and keep a model that is the best."""
+        config, main = self.config, self.accelerator.is_main_process
+        model: Any = self.bare_model if self.ema is None else self.ema.module
+        metrics = evaluate(
+            model,
+            self.val_loader,
+            self.accelerator,
+            len(self.class_names),
+            self.unreadable,
+            progress=config.progress and main,
         )
-        with bar:
-            batches = iter(self.train_loader)
-            while self.update < self.updates:
-                losses.append(self._update_weights(batches))
-                done += 1
-                bar.update()
-                checkpoint_due = (
-                    config.checkpoint_every > 0
-                    and self.step % config.checkpoint_every == 0
-                    and self.update < self.updates
-                )
-                if self.step % config.log_every and not checkpoint_due and self.update < self.updates:
-                    continue
-                elapsed = time.perf_counter() - since
-                self.speed = round(done * self.images_per_update / elapsed, 1)
-                loss = self._collect(losses)
-                done, since = 0, time.perf_counter()
-                lr = self._lr
-                bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.speed:.0f} images/s")
-                if checkpoint_due:
-                    self._save()
-
-    def _end_epoch(self) -> None:
-        """Validate if it is time to, write the epoch's row and its checkpoint."""
-        config = self.config
-        self.epoch += 1
-        last = self.epoch == config.epochs
-        metrics: Metrics | None = None
-        if last or self.epoch % config.validate_every == 0:
-            metrics = evaluate(
-                self.bare_model if self.ema is None else self.ema.module,
-                self.val_loader,
-                self.accelerator,
-                len(self.class_names),
-                self.unreadable,
-                progress=config.progress and self.accelerator.is_main_process,
+        self.bare_model.train()
+        self.metrics = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
+        improved = metrics.top1 > self.best["top1"]
+        if improved:
+            self.best = {"top1": metrics.top1, "checkpoint": checkpoints.name_of(self.step)}
+        if not main:
+            return
+        if improved:
+            write_model(self.folder / "model", self.timm_config, model.state_dict())
+        self.log.add("validation", self.step, epoch=self._epoch, **self.metrics, best_top1=self.best["top1"])
+        if config.progress:
+            tqdm.write(
+                f"epoch {self._epoch}: loss {self.meter.loss:.4f}, validation loss {metrics.loss:.4f}, "
+                f"top-1 {metrics.top1:.2f}%, top-5 {metrics.top5:.2f}%",
+                file=sys.stderr,
             )
-            self.metrics = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss}
-            if metrics.top1 > self.best["top1"]:
-                self.best = {"top1": metrics.top1, "checkpoint": f"step-{self.step:08d}"}
-        train_loss = self.epoch_loss / self.updates
-        self.update, self.epoch_loss = 0, 0.0
-        if self.accelerator.is_main_process:
-            shown: dict[str, float | None] = {"validation_loss": None, "top1": None, "top5": None, "best_top1": None}
-            if metrics is not None:
-                shown = {
-                    "validation_loss": metrics.loss,
-                    "top1": metrics.top1,
-                    "top5": metrics.top5,
-                    "best_top1": self.best["top1"],
-                }
-                tqdm.write(
-                    f"epoch {self.epoch}: loss {train_loss:.4f}, validation loss {metrics.loss:.4f}, "
-                    f"top-1 {metrics.top1:.2f}%, top-5 {metrics.top5:.2f}%",
-                    file=sys.stderr,
-                )
-            self.logs.add("epochs", self.step, epoch=self.epoch, train_loss=train_loss, **shown)
-        self._save()
 
     def run(self) -> dict[str, Any]:
         """Train to the end.
 
         Returns:
-            The run's `folder`, `steps`, `parameters`, last `top1`, `best_top1`, and `seconds` of this call.
+            The run's `folder`, its `model` (a timm folder of the best weights), `steps`, `parameters`, last `top1`,
+            `best_top1`, and `seconds` of this call.
 
         Raises:
             NonFiniteLossError: the loss became infinite or not a number.
             UnreadableImageError: an image cannot be read and `unreadable` is "stop".
+            WriteError: a checkpoint cannot be written.
         """
         began = time.perf_counter()
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(self.folder / "config.yaml", to_yaml(self.config))
-            self.logs = Logs(self.folder, self.step, self.config.tensorboard)
+        main = self.accelerator.is_main_process
+        if main:
+            make_folder(self.folder)
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
+            self.log = Log(self.folder, TABLES, self.step, tensorboard=self.config.tensorboard)
         try:
-            while self.epoch < self.config.epochs:
-                self._train_epoch()
-                self._end_epoch()
+            self._train()
         finally:
-            if self.accelerator.is_main_process:
-                self.logs.close()
-        if self.accelerator.is_main_process:
+            if main:
+                self.log.close()
+        if main:
             self.unreadable.report()
         return {
             "folder": str(self.folder),
+            "model": str(self.folder / "model"),
             "steps": self.step,
             "parameters": sum(p.numel() for p in self.bare_model.parameters()),
             "top1": self.metrics["top1"] if self.metrics else None,
             "best_top1": self.best["top1"],
             "seconds": round(time.perf_counter() - began, 1),
         }
+
+    def _train(self) -> None:
+        config, main = self.config, self.accelerator.is_main_process
+        self.order.start = self.step
+        batches = iter(self.train_loader)
+        self.meter.restart()
+        bar = tqdm(total=self.steps, initial=self.step, unit="update", disable=not (config.progress and main))
+        with bar:
+            while self.step < self.steps:
+                self.meter.add(self._update(batches))
+                bar.update()
+                last, epoch_ends = self.step == self.steps, self.step % self.updates_per_epoch == 0
+                save = epoch_ends or self.step % config.checkpoint_every == 0
+                log = last or self.step % config.log_every == 0
+                if not (save or log):
+                    continue
+                rows, lr, speed = self._rows(), self.lr.at(self.step - 1), self.meter.images_per_second
+                bar.set_description_str(f"epoch {self._epoch}/{config.epochs}")
+                bar.set_postfix_str(f"loss {self.meter.loss:.4f}, lr {lr:.2e}, {speed:.0f} images/s")
+                if log:
+                    means = self.meter.take(rows)
+                    if main:
+                        row = {"epoch": self._epoch, **means, "lr": lr, "images_per_second": speed}
+                        self.log.add("train", self.step, **row)
+                if last or (epoch_ends and self._epoch % config.validate_every == 0):
+                    self._validate()
+                if save:
+                    self._save()
+                self.meter.restart()
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

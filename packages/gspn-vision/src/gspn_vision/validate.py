@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from timm.utils import accuracy
 from torch import Tensor, nn
@@ -16,8 +16,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from gspn_core.runs.files import replacing
+from gspn_core.runs.training import make_accelerator
+
 from .checkpoint import load_model
-from .data import Batch, Samples, Source, Unreadable, open_source, validation_loader
+from .config import ValidateConfig
+from .data import Batch, Samples, Unreadable, validation_loader
+from .sources import Source, open_source
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -121,7 +126,7 @@ def validate(
     batch_size: int = 128,
     workers: int = 0,
     unreadable: str = "stop",
-    cpu: bool = False,
+    device: str = "auto",
     progress: bool = False,
 ) -> tuple[Metrics, list[Prediction], Source, list[str]]:
     """Validate a checkpoint, on the data that it was trained with unless told otherwise.
@@ -129,14 +134,18 @@ def validate(
     Returns:
         The metrics, the predictions in the order of the data, the data, and the class names.
     """
-    model, preprocessing, state = load_model(checkpoint, which=which, weights=weights)
+    loaded = load_model(checkpoint, which=which, weights=weights)
+    preprocessing, class_names = loaded.preprocessing, loaded.class_names
+    trained_with = loaded.state.get("data") or {}
+    if data is None and not trained_with:
+        raise ValueError(f"data must be given: {str(checkpoint)!r} does not say what it was trained with")
     source = open_source(
-        data or state["data"]["name"],
-        split or state["data"]["val_split"],
-        root=data_root or state["data"]["root"],
-        class_names=state["class_names"],
+        data or trained_with["name"],
+        split or trained_with.get("val_split", "validation"),
+        root=data_root or trained_with.get("root"),
+        class_names=class_names,
     )
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = make_accelerator(device)
     policy = Unreadable(unreadable)
     loader = validation_loader(
         Samples(source, preprocessing.transform(), preprocessing.mode),
@@ -147,23 +156,56 @@ def validate(
     )
     predictions: list[Prediction] = []
     metrics = evaluate(
-        model.to(accelerator.device),
+        loaded.model.to(accelerator.device),
         loader,
         accelerator,
-        len(state["class_names"]),
+        len(class_names),
         policy,
         progress=progress,
         predictions=predictions,
     )
     policy.report()
-    return metrics, predictions, source, state["class_names"]
+    return metrics, predictions, source, class_names
 
 
 def write_predictions(path: Path, predictions: list[Prediction], source: Source, class_names: list[str]) -> None:
     """Write one row per image: its name, true and predicted class, and the latter's probability."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "truth", "prediction", "probability"])
         for p in predictions:
             name = source.name(p.item)
             writer.writerow([name, class_names[p.target], class_names[p.predicted], f"{p.probability:.6f}"])
+
+
+def run(config: ValidateConfig) -> dict[str, Any]:
+    """Validate as configured: percentages, the mean loss, the number of images, and the confusion matrix."""
+    metrics, predictions, source, class_names = validate(
+        config.checkpoint,
+        data=config.data,
+        data_root=config.data_root,
+        split=config.split,
+        which=config.which,
+        weights=config.weights,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        unreadable=config.unreadable,
+        device=config.device,
+        progress=config.progress,
+    )
+    if config.out is not None and PartialState().is_main_process:
+        write_predictions(Path(config.out), predictions, source, class_names)
+    values = {name: getattr(metrics, name) for name in ("top1", "top5", "loss", "images")}
+    return {**values, "class_names": class_names, "confusion": metrics.confusion.tolist()}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Lay a result out: its figures, and the classes that are most often taken for another."""
+    lines = ["top-1 {top1:.2f}%, top-5 {top5:.2f}%, loss {loss:.4f}, {images} images".format(**result)]
+    names = result["class_names"]
+    wrong = torch.tensor(result["confusion"]).fill_diagonal_(0)
+    for place in wrong.flatten().argsort(descending=True, stable=True)[:5].tolist():
+        truth, guess = divmod(place, len(names))
+        if wrong[truth, guess]:
+            lines.append(f"  {int(wrong[truth, guess])} x {names[truth]} taken for {names[guess]}")
+    return "\n".join(lines)

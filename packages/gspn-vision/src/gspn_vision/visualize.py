@@ -13,8 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gspn_core import DIRECTIONS, SpatialPropagation, line_scan, row_stochastic
+from gspn_core.runs.files import replacing
 
+from .checkpoint import load_model
+from .config import VisualizeConfig
 from .data import Preprocessing
+from .predict import open_image
 
 _TITLES = {
     "left_to_right": "left to right →",
@@ -95,7 +99,7 @@ def heat_maps(
         raise ValueError(f"pixel must lie inside {height} rows and {width} columns, got {(row, column)}")
     rows, columns = size or (height, width)
     if min(rows, columns) < 32:
-        raise ValueError(f"size must be at least 32 by 32, got {rows} by {columns}")
+        raise ValueError(f"image_size must be at least 32x32, got {rows}x{columns}")
     photograph = photograph.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC)
     row, column = row * rows // height, column * columns // width
 
@@ -168,6 +172,11 @@ def _reach(result: HeatMaps) -> str:
     )
 
 
+def _save(figure: Figure, path: str | Path) -> None:
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
 def draw(result: HeatMaps, path: str | Path, *, title: str = "") -> None:
     """Draw the photograph, the mean of the four directions and each of them into one PNG.
 
@@ -192,7 +201,7 @@ def draw(result: HeatMaps, path: str | Path, *, title: str = "") -> None:
     _color_bar(figure, mappable, axes)
     heading = f"Where the marked pixel's value goes: layer {result.layer}, {_reach(result)}"
     figure.suptitle(f"{title}\n{heading}" if title else heading)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def draw_page(results: Sequence[HeatMaps], path: str | Path, *, title: str = "") -> None:
@@ -217,4 +226,31 @@ def draw_page(results: Sequence[HeatMaps], path: str | Path, *, title: str = "")
     _color_bar(figure, mappable, axes[: len(results) + 1])
     heading = "Where the marked pixel's value goes in each layer, mean of the four directions"
     figure.suptitle(f"{title}\n{heading}" if title else heading)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def run(config: VisualizeConfig) -> dict[str, Any]:
+    """Draw as configured: one layer, or a page of all."""
+    loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
+    names = list(layers(loaded.model))
+    if config.list_layers:
+        return {"layers": names}
+    if config.all_layers and config.layer is not None:
+        raise ValueError(f"layer must not be given with --all-layers, got {config.layer!r}")
+    photograph = open_image(config.image)[0]
+    size = None if config.image_size is None else (config.image_size.height, config.image_size.width)
+    results = [
+        heat_maps(loaded.model, loaded.preprocessing, photograph, pixel=config.pixel, layer=layer, size=size)
+        for layer in (names if config.all_layers else [config.layer])
+    ]
+    title = f"{loaded.name} on {Path(config.image).name}"
+    if config.all_layers:
+        draw_page(results, config.out, title=title)
+    else:
+        draw(results[0], config.out, title=title)
+    return {"out": config.out}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Return the names of the layers, or that of the file."""
+    return "\n".join(result["layers"]) if "layers" in result else str(result["out"])

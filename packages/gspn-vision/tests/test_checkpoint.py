@@ -1,0 +1,80 @@
+"""What a checkpoint holds beside what every application's does: a timm model."""
+
+import json
+
+import pytest
+import timm
+import torch
+from vision_cases import TINY
+
+from gspn_core.runs.files import store_tensors
+from gspn_vision import checkpoint
+from gspn_vision.data import Preprocessing
+from gspn_vision.models import build_model
+
+GREY = Preprocessing(in_chans=1, size=(32, 48), mean=(0.3,), std=(0.4,), interpolation="bilinear", crop_pct=1.0)
+ARGUMENTS = {**TINY, "in_chans": 1, "num_classes": 2}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    model = build_model("gspn2_nano", ARGUMENTS)
+    config = checkpoint.timm_config(model, ARGUMENTS, ["cat", "dog"], GREY)
+    checkpoint.write_model(tmp_path / "model", config, model.state_dict())
+    return tmp_path / "model", model
+
+
+def test_timm_loads_it(folder):
+    path, model = folder
+    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = timm.create_model(f"local-dir:{path}", pretrained=True)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    data = timm.data.resolve_model_data_config(loaded)
+    assert (data["input_size"], *map(tuple, (data["mean"], data["std"]))) == ((1, 32, 48), (0.3,), (0.4,))
+    assert (data["interpolation"], data["crop_pct"]) == ("bilinear", 1.0)
+    assert json.loads((path / "config.json").read_text())["label_names"] == ["cat", "dog"]
+
+
+def test_we_load_it(folder):
+    path, model = folder
+    loaded = checkpoint.load_model(path)
+    assert (loaded.name, loaded.class_names, loaded.preprocessing) == ("gspn2_nano", ["cat", "dog"], GREY)
+    assert loaded.state == {} and not loaded.model.training
+    x = torch.randn(1, 1, 32, 48)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), model.eval()(x))
+
+
+def test_the_averaged_weights_come_first(folder):
+    path, model = folder
+    store_tensors(path / "ema.safetensors", {name: value + 1 for name, value in model.state_dict().items()})
+    name = "head.fc.bias"
+    for weights, more in (("auto", 1), ("ema", 1), ("model", 0)):
+        found = checkpoint.load_model(path, weights=weights).model.state_dict()[name]
+        assert torch.equal(found, model.state_dict()[name] + more)
+
+
+def test_what_is_not_a_model(folder, tmp_path):
+    path, _ = folder
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no ema\.safetensors in"):
+        checkpoint.load_model(path, weights="ema")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"architecture": "gspn9"}))
+    with pytest.raises(ValueError, match="does not hold a model that timm can build"):
+        checkpoint.load_model(path)
+    (path / "config.json").write_text(json.dumps(config | {"model_args": config["model_args"] | {"num_classes": 3}}))
+    with pytest.raises(ValueError, match=r"holds the weights of another model: head\.fc\.bias must be \(3,\)"):
+        checkpoint.load_model(path)
+    (path / "model.safetensors").write_bytes(b"damage")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        checkpoint.load_model(path)
+
+
+def test_unknown_models_and_arguments():
+    with pytest.raises(ValueError, match=r"got 'gspn3_nano'; perhaps one of .*gspn2?_nano"):
+        build_model("gspn3_nano", {})
+    with pytest.raises(ValueError, match=r"model_kwargs do not suit gspn_nano: .*windows"):
+        build_model("gspn_nano", {"windows": 3})
