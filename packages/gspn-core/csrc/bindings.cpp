@@ -1,4 +1,4 @@
-// pybind11 module gspn_core._C: pointers, sizes and strides in, kernels run, nothing of torch.
+// pybind11 module gspn_core._C: runs kernels on pointers, sizes and strides. Independent of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -50,8 +50,7 @@ std::vector<std::string> isas(bool only_supported) {
   return names;
 }
 
-// Reads straight from Python's tuples: a call on a small image would otherwise spend more time on pybind11's
-// conversions than in the kernel.
+// Reads Python tuples directly: on small images pybind11's conversions would take longer than the kernel.
 int64_t integer(PyObject* value) {
   const long long number = PyLong_AsLongLong(value);
   if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
@@ -67,7 +66,7 @@ py::tuple item(const py::tuple& tensor, int i) {
 // (data pointer, shape, strides in elements), or None.
 using TensorArg = std::optional<py::tuple>;
 
-// The dimensions a tensor has, of n d c k h w in this order.
+// `dimensions` are those the tensor has, of n d c k h w in this order.
 Field field(const TensorArg& tensor, const char* dimensions) {
   Field f;
   if (!tensor) return f;
@@ -154,7 +153,7 @@ Params backward_params(const Call& call, const TensorArg& dy, const TensorArg& x
   return p;
 }
 
-// The arguments of forward_params, and of backward_params.
+// args are those of forward_params or backward_params, after `call`.
 template <class... Args>
 void forward(const Call& call, Args... args) {
   const Params p = forward_params(call, args...);
@@ -172,7 +171,7 @@ void backward(const Call& call, Args... args) {
 }
 
 #ifdef GSPN_HAVE_CUDA
-// Where a call on a GPU runs, and allocate(bytes) -> tensor, which is asked for scratch where the call needs some.
+// Device and stream of a call on a GPU, and allocate(bytes) -> tensor for scratch memory.
 struct Launch {
   int device;
   std::uintptr_t stream;
@@ -191,7 +190,7 @@ struct Launch {
   }
 };
 
-// The kernels count lines in 32 bits, and a longer chunk holds the whole image anyway.
+// Kernels count lines with 32 bits; a longer chunk holds the whole image anyway.
 Params in_32_bits(Params p) {
   p.chunk = std::min<int64_t>(p.chunk, INT32_MAX);
   return p;
@@ -264,7 +263,7 @@ PYBIND11_MODULE(GSPN_MODULE, m) {
   });
 #endif
   m.def("cuda_select_path", &gspn::cuda::select_path, py::arg("path"),
-        "Take 'resident', 'strip' or 'cluster' kernels wherever they can serve; 'auto' is the best one.");
+        "Use 'resident', 'strip' or 'cluster' kernels wherever possible; 'auto' chooses the best.");
 #endif
   m.def("build_info", &build_info);
   m.def("select_isa", &select_isa, py::arg("isa"), "Use the kernels of this instruction set; 'auto' is the best one.");

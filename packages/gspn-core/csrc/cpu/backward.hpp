@@ -1,41 +1,13 @@
-// Backward (design: "scan order; v is what flows backwards"): tiles from the last to the first, each recomputing
-// its lines of state from the checkpoint that entered it.
+// Backward, in scan order: g is the gradient of the state, v the part of it that comes from the next line. Runs through
+// the tiles from the last to the first, and recomputes the states of each from the checkpoint before it.
 #pragma once
 
 #include "scan.hpp"
 
 namespace {
 
-// How the channels of an image are split into tasks. Weights and gates shared by several channels collect sums over
-// them, so a task owns whole sharing groups where the batch alone gives enough tasks. Where it does not, groups are
-// cut into parts, whose partial sums are added in order afterwards. The split depends on the shape alone, so results
-// are the same for any number of threads.
-struct Split {
-  int64_t unit;   // channels after which all sharing groups end
-  int64_t part;   // channels of a task
-  int64_t parts;  // tasks per unit
-
-  static int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
-
-  explicit Split(const Params& p) {
-    constexpr int64_t kEnoughTasks = 16, kSmallestPart = 16;
-    unit = 1;
-    for (const Field* f : {&p.weights, &p.lam, &p.u}) {
-      if (!*f) continue;
-      const int64_t sharing = p.C / f->channels;
-      unit = unit / gcd(unit, sharing) * sharing;
-    }
-    const int64_t units = p.N * (p.C / unit);
-    const int64_t wanted = units >= kEnoughTasks ? 1 : (kEnoughTasks + units - 1) / units;
-    part = min64(unit, max64((unit + wanted - 1) / wanted, kSmallestPart));
-    parts = (unit + part - 1) / part;
-  }
-
-  // Whether channels that share one channel of f can fall into different parts.
-  bool cuts(const Params& p, const Field& f) const { return f && parts > 1 && part % (p.C / f.channels) != 0; }
-};
-
-// Partial sums of one field: (parts, N, D, channels, planes, H, W), zero where a part has no channel of a group.
+// Partial sums of one field's gradient, (parts, N, D, channels, planes, H, W); zero if a part has no channel of a
+// group.
 template <class A>
 struct Partial {
   Scratch<A> data;
@@ -57,11 +29,10 @@ struct Partial {
     f.data = static_cast<A*>(field.data) + part * part_stride;
     return f;
   }
-  // Adds the later parts to the first, which makes it the whole sum.
+  // Adds all parts to the first, which then holds the whole sum.
   void reduce(const Params& p) {
-    constexpr int64_t kBlock = 1 << 14;
-    run_tasks((part_stride + kBlock - 1) / kBlock, p.threads, [&](int64_t task) {
-      const int64_t begin = task * kBlock, size = min64(kBlock, part_stride - begin);
+    run_tasks((part_stride + kReducedElements - 1) / kReducedElements, p.threads, [&](int64_t task) {
+      const int64_t begin = task * kReducedElements, size = min64(kReducedElements, part_stride - begin);
       for (int64_t first = part_stride; first < count; first += part_stride)
         scale_line<Write::kAdd, A>(data.get() + first + begin, nullptr, data.get() + begin, size);
     });
@@ -69,7 +40,7 @@ struct Partial {
   explicit operator bool() const { return bool(field); }
 };
 
-// The sum over channels of one gate's gradient, for the tile at hand; stored when the next gate channel begins.
+// The gradient of one gate in the current tile, summed over channels; stored when the next channel of the gate begins.
 template <class S, class A>
 class GateGradient {
  public:
@@ -108,8 +79,8 @@ class GateGradient {
   int64_t n_ = 0, d_ = 0, channel_ = -1;
 };
 
-// The same for the weights: sums p and q of a weight group and their Jacobian, or, for given weights, the sums
-// over g h[j-1], g h[j], g h[j+1].
+// The same for the weights of a group: for logits, the sums p and q and the Jacobian of the normalisation; otherwise
+// the sums of g h[j-1], g h[j], g h[j+1].
 template <class S, class A>
 class WeightGradient {
  public:
@@ -120,7 +91,7 @@ class WeightGradient {
     scan_ = scan, n_ = n, d_ = d, group_ = group, span_ = span;
     if (p_.dweights) fill_zero(sums_.get(), 3 * capacity_);
   }
-  // h is the line that entered step i0 + t.
+  // h is the state before line t of the span.
   void add(int64_t t, const A* g, const A* h) {
     if (!p_.dweights || starts_chunk(p_, span_.begin + t)) return;
     if (p_.stochastic) {
@@ -138,7 +109,7 @@ class WeightGradient {
     if (p_.stochastic) apply_jacobian(weights);
     store<S>(p_.dweights);
   }
-  // Takes the tile's sums back from the partial ones, to be finished by flush.
+  // Loads the tile's sums from the partial ones; flush then completes them.
   void read_back(const Field& sums) {
     for (int64_t k = 0; k < 3; k += 2)
       load_tile(span_plane(scan_plane<const A>(sums, scan_, n_, d_, group_, k), span_), tile(k), span_.lines,
@@ -187,15 +158,17 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
   SummedPlanes<S, A> dx(p, p.dx, n, c0, channels);
   Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity);
   Scratch<A> adjoints(capacity);                          // g of every line of the tile
-  Scratch<A> flowing(channels * pitch);                   // v of every channel
+  Scratch<A> flow(channels * pitch);                      // v of every channel
   Scratch<A> states(need_states ? (most + 1) * row : 0);  // h of every line of the tile and the one before
   const auto g_line = [&](int64_t t) { return adjoints.get() + t * pitch; };
-  const auto h_line = [&](int64_t t) { return states.get() + (t + 1) * row + kPad; };  // t = -1: what enters the tile
+  const auto h_line = [&](int64_t t) {
+    return states.get() + (t + 1) * row + kPad;
+  };  // t = -1: the state before the tile
 
   for (int d = 0; d < p.D; ++d) {
     const Scan scan = gspn::make_scan(p, d);
     const int64_t most_lines = tile_lines(p, scan);
-    fill_zero(flowing.get(), channels * pitch);
+    fill_zero(flow.get(), channels * pitch);
     if (need_states) fill_zero(states.get(), (most + 1) * row);
     for (int64_t i0 = (scan.lines - 1) / most_lines * most_lines; i0 >= 0; i0 -= most_lines) {
       const Span span = make_span(p, scan, i0, -most_lines, pitch, sizeof(S));
@@ -233,10 +206,10 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
           for (int64_t k = 0; k < 3 && c == c0; ++k)
             prefetcher.add(scan_plane<const S>(p.weights, scan, n, d, group, k));
         }
-        A* const v = flowing.get() + (c - c0) * pitch;
+        A* const v = flow.get() + (c - c0) * pitch;
         for (int64_t t = lines - 1; t >= 0; --t) {
           const A* const g = g_line(t);
-          if (prefetcher.aim(i0 + t)) prefetcher.whole_line();
+          if (prefetcher.select(i0 + t)) prefetcher.whole_line();
           adjoint_line(dy.line(t), u.line(t), v, g_line(t), scan.length);
           dlam.add(t, g, x.line(t));
           if (p.du) du.add(t, dy.line(t), h_line(t));
@@ -262,7 +235,7 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
   dx.finish();
 }
 
-// Turns whole sums of a group over all channels into its gradients.
+// Turns the sums over all channels of a group into the gradients of its weights.
 template <class S, class A = Accumulator<S>>
 void finish_weights(const Params& p, const Field& sums) {
   run_tasks(p.N * p.D * p.weights.channels, p.threads, [&](int64_t task) {

@@ -1,7 +1,7 @@
 // line_scan along the rows of large planes whose channels have weights of their own. A tile of whole columns is larger
-// than the first-level cache, and all of it would go to the second level and come back. Here a few columns are scanned
-// in bands of rows that stay in the first. Line t runs t rows behind the first line, so that what a piece of it needs
-// of the line before, one row beyond either end, is in that line's pieces of this band and of the last one.
+// than the first-level cache, and would be written to the second level and read back. Here 32 columns are scanned in
+// bands of 16 rows, which stay in the first-level cache. Each line (column) is one row behind the line before it, so
+// that all of the previous line that a band needs, one row beyond either end, is in this band and the last one.
 #pragma once
 
 #include <utility>
@@ -10,9 +10,7 @@
 
 namespace {
 
-constexpr int64_t kBandLines = 32, kBandRows = 16;
-
-// One channel of one image, in float32 or a type that is accumulated in it.
+// One channel of one image, in float32 or a type that accumulates in float32.
 template <class S, bool kReversed>
 class BandedScan {
  public:
@@ -43,13 +41,13 @@ class BandedScan {
  private:
   static constexpr int64_t kLines = kBandLines, kRows = kBandRows;
   static constexpr int kVectors = kRows / kLanes;
-  // Of each plane a ring keeps these lines, as many rows as a band reaches back to. Rows take its places in turn; the
-  // first eight places are there once more behind the last, so that any eight rows in turn stand side by side.
-  enum { kA, kB, kC, kX, kRings };  // the state takes the place of x
+  // A ring buffer per plane holds the transposed rows that a band reaches back to: row r of a line is at index
+  // r % kPlaces. The first eight entries are repeated at the end, so that any eight consecutive rows are contiguous.
+  enum { kA, kB, kC, kX, kRings };  // the state overwrites x
   static constexpr int64_t kPlaces = kLines + kRows, kPitch = kPlaces + kLanes, kRing = kLines * kPitch;
-  // In a ring, the column on the left, and the way from a column to the next on its right.
+  // In a ring, the offset of the leftmost column, and the distance from a column to the one on its right.
   static constexpr int64_t kLeft = kReversed ? (kLines - 1) * kPitch : 0, kColumn = kReversed ? -kPitch : kPitch;
-  static constexpr int64_t kMargin = 64;  // rows before and behind those of the state, all zero
+  static constexpr int64_t kMargin = 64;  // zero rows before and after those of the state
 
   template <class T>
   struct Rows {
@@ -60,19 +58,20 @@ class BandedScan {
   static S* plane(const Field& f, int64_t n, int64_t c) { return static_cast<S*>(f.data) + n * f.n + c * f.c; }
   float* ring(int k) const { return memory_.get() + k * kRing; }
 
-  // A band's rows of a plane. Those of the band after the next are asked for, after the last row those of the next
-  // columns: some with every block, for a queue of many would keep the loads of blocks waiting.
+  // Loads a band's rows of a plane, and prefetches the rows of the band after the next, or, after the last row, of the
+  // next columns. Prefetches are spread over the blocks, so that the loads of blocks do not queue behind them.
   void load(int k, int64_t row, int64_t column) const {
-    constexpr int64_t kAhead = 2 * kRows;
     const int64_t stride = in_[k].stride;
     const S* const from = in_[k].data + row * stride + column;
-    const S* ahead =
-        from + (row + kAhead < p_.H ? kAhead * stride : (kAhead - p_.H) * stride + (kReversed ? -kLines : kLines));
+    const S* prefetched =
+        from + (row + kBandRowsAhead < p_.H ? kBandRowsAhead * stride
+                                            : (kBandRowsAhead - p_.H) * stride + (kReversed ? -kLines : kLines));
     float* const to = ring(k) + kLeft + row % kPlaces;
     for (int64_t r = 0; r < kRows; r += kLanes) {
       for (int64_t t = 0; t < kLines; t += kLanes) {
-        for (int64_t i = 0; i < kLanes * kLanes / kLines; ++i, ahead += stride)
-          for (int64_t u = 0; u < kLines; u += kCacheLine / int64_t(sizeof(S))) __builtin_prefetch(ahead + u, 0, 2);
+        for (int64_t i = 0; i < kLanes * kLanes / kLines; ++i, prefetched += stride)
+          for (int64_t u = 0; u < kLines; u += kCacheLine / int64_t(sizeof(S)))
+            __builtin_prefetch(prefetched + u, 0, 2);
         load_block(from + r * stride + t, stride, to + t * kColumn + r);
       }
     }
@@ -80,8 +79,8 @@ class BandedScan {
       for (float* line = ring(k); line < ring(k) + kRing; line += kPitch) store8(line + kPlaces, load8(line));
   }
 
-  // Eight rows of eight columns. The fifth row has an address of its own: from one for all of them GCC computes seven,
-  // and moves vectors out of their registers to have room for these.
+  // Transposes eight rows of eight columns. The fifth row has its own base address: with a single one GCC computes
+  // seven addresses, and spills vectors to have registers for them.
   static void load_block(const S* from, int64_t stride, float* to) {
     const S* const fifth = from + 4 * stride;
     Float8 block[kLanes];
@@ -90,13 +89,13 @@ class BandedScan {
     for (int64_t t = 0; t < kLanes; ++t) store8(to + t * kColumn, block[t]);
   }
 
-  // Scans the band whose first line begins with `row`. kEdge: it reaches beyond the plane, where the state is zero.
+  // Scans the band whose first line begins at `row`. kEdge: the band reaches beyond the plane, where the state is zero.
   template <bool kEdge>
   void update(int64_t begin, int64_t row) {
     const int64_t last_row = p_.H - 1, turn = row % kPlaces;
     const Float8 lane = {0, 1, 2, 3, 4, 5, 6, 7}, zero{};
     float* const state = state_ + row;
-    Float8 before[kVectors + 1];  // the line before: the last eight rows of the last band, and this band's
+    Float8 before[kVectors + 1];  // the previous line: the last eight rows of the last band, and the rows of this one
     for (int v = 0; v < kVectors; ++v) before[v + 1] = load8(state + 1 + v * kLanes);
     float* line[kRings];
     for (int k = 0; k < kRings; ++k) line[k] = ring(k);
@@ -115,8 +114,8 @@ class BandedScan {
         const Float8 here = left_of(before[v], before[v + 1]), x = load8(line[kX] + place);
         next[v] = begin + t == 0 ? x : updated<false, true>(a, b, c, left, here, before[v + 1], x, zero);
         if (kEdge) next[v] = (lane >= float(-first)) & (lane <= float(last_row - first)) ? next[v] : zero;
-        // Across the end of the places into both: before a line stand the repeated places of the line before, which has
-        // been scanned.
+        // A vector that crosses the end of the ring is stored at both ends. At the start that overwrites the repeated
+        // entries of the previous line, which has been scanned.
         store8(line[kX] + place, next[v]);
         if (place > kPlaces - kLanes) store8(line[kX] + place - kPlaces, next[v]);
       }
@@ -127,14 +126,14 @@ class BandedScan {
     for (int v = 0; v < kVectors; ++v) store8(state + v * kLanes - (kLines - 1), before[v + 1]);
   }
 
-  // Keeps a band's rows of the state after line i where that is a checkpoint.
+  // Saves a band's rows of the state after line i if that is a checkpoint.
   void keep(int64_t i, const Float8 (&h)[kVectors], int64_t first) const {
     if ((i + 1) % p_.interval != 0 || i + 1 == p_.W) return;
     float* const kept = checkpoints_ + i / p_.interval * p_.H;
     for (int64_t j = max64(0, -first); j < min64(kRows, p_.H - first); ++j) kept[first + j] = h[j / kLanes][j % kLanes];
   }
 
-  // Stores rows that all lines have passed.
+  // Stores rows that all lines have completed.
   void store(int64_t row, int64_t column) const {
     const float* const from = ring(kX) + kLeft + row % kPlaces;
     S* const to = out_.data + row * out_.stride + column;
@@ -145,27 +144,12 @@ class BandedScan {
 
   const Params& p_;
   Scratch<float> memory_;
-  float* const state_;  // after the line before, by rows
+  float* const state_;  // of the previous line, by rows
   Rows<const S> in_[kRings];
   Rows<S> out_;
   float* checkpoints_ = nullptr;
-  Float8 last_[kLines];  // of the line before each line, the last rows of the last band
+  Float8 last_[kLines];  // for each line, the last eight rows of its previous line in the last band
 };
-
-template <class S>
-bool rows_begin_cache_lines(const Field& f) {
-  const uintptr_t strides = uintptr_t(f.n | f.c | f.k | f.row) * sizeof(S);
-  return f.col == 1 && (reinterpret_cast<uintptr_t>(f.data) | strides) % kCacheLine == 0;
-}
-
-// Whole bands of whole cache lines, and an output that is written past the caches.
-template <class S>
-bool serves_as_bands(const Params& p) {
-  const bool plain = p.D == 1 && p.chunk == 0 && !p.stochastic && !p.lam && !p.u && p.weights.channels == p.C;
-  return plain && gspn::make_scan(p, 0).horizontal && streams<S>(p) && p.W % kBandLines == 0 && p.H % kBandRows == 0 &&
-         p.H >= 4 * kBandLines && rows_begin_cache_lines<S>(p.x) && rows_begin_cache_lines<S>(p.weights) &&
-         rows_begin_cache_lines<S>(p.y);
-}
 
 template <class S>
 void forward_bands(const Params& p) {

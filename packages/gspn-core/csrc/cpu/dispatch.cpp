@@ -1,4 +1,4 @@
-// Which instruction sets were compiled, and which of them this machine has.
+// The instruction sets that were compiled, and which of them this machine supports.
 #include "kernels.hpp"
 
 namespace gspn::cpu {

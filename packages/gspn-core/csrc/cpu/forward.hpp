@@ -6,21 +6,7 @@
 
 namespace {
 
-// Channels of a task: whole groups of channels that share weights, or a part of one. They share the normalised weights
-// of a tile, and ask for the memory of the next channel's planes while one is scanned, so more are better, as long as
-// every thread gets work and, where several directions read them, their planes stay in the second-level cache. No
-// result depends on the choice.
-inline int64_t forward_block(const Params& p, int64_t element_size) {
-  constexpr int64_t kCacheBytes = 512 * 1024, kFewest = 8;
-  const int64_t group = p.C / p.weights.channels;
-  const int64_t fitting = max64(kFewest, kCacheBytes / max64(1, 2 * p.H * p.W * element_size));
-  const int64_t parallel = max64(1, p.N * p.C / p.threads);
-  const int64_t block = min64(p.D == 1 ? max64(group, fitting) : fitting, parallel);
-  if (block < group) return block;
-  return tiles_are_whole(p) ? block / group * group : group;
-}
-
-// Some channels of one image, in all directions.
+// Scans some channels of one image in all directions.
 template <class S, class A = Accumulator<S>>
 class ForwardTask {
  public:
@@ -57,10 +43,10 @@ class ForwardTask {
   }
 
  private:
-  // Channels that are scanned together: each weight is loaded once for them.
+  // Channels that are scanned together, so that each weight is loaded once for them.
   static constexpr int kTogether = 2;
 
-  // The span's lines of K channels from c on.
+  // Scans the span's lines of K channels from c on.
   template <int K>
   void channels(const Scan& scan, int d, int64_t c, const Span& span) {
     Tile<const A> x[K];
@@ -68,15 +54,15 @@ class ForwardTask {
     SumLines<S, A> y[K];
     Lines<K, A> lines;
     for (int k = 0; k < K; ++k) {
-      const Tile<A> tile{tiles_.get() + k * capacity_, pitch_};  // of x, line by line overwritten by that of h
+      const Tile<A> tile{tiles_.get() + k * capacity_, pitch_};  // x, overwritten by h line by line
       x[k] = fetch<S, A>(scan_plane<const S>(p_.x, scan, n_, 0, c + k), span, scan.length, tile.data);
       lam[k] = gate(lam_, p_.lam, scan, d, c, k, span);
       u[k] = gate(u_, p_.u, scan, d, c, k, span);
       y[k] = y_.lines(scan, d, c + k, span, tile);
       lines.next[k] = state(c + k, span.begin + 1);
     }
-    const bool direct = !p_.u && y[0].stores();  // h is the output, whose lines serve as state
-    LinePrefetcher prefetcher = prefetch<K>(scan, d, c, span);
+    const bool direct = !p_.u && y[0].overwrites();  // h is the output, whose lines are the state
+    LinePrefetcher prefetcher = prefetcher_of<K>(scan, d, c, span);
     for (int64_t t = 0; t < span.lines; ++t) {
       const int64_t i = span.begin + t;
       for (int k = 0; k < K; ++k) {
@@ -85,13 +71,13 @@ class ForwardTask {
         lines.lam[k] = lam[k]->line(t);
         lines.next[k] = direct ? y[k].line(t) : state(c + k, i);
       }
-      if (prefetcher.aim(i))
+      if (prefetcher.select(i))
         step(p_, i, lines, weights_.line(t), scan.length, prefetcher);
       else
         step(p_, i, lines, weights_.line(t), scan.length);
       for (int k = 0; k < K; ++k) {
         if (!direct) y[k].add(t, lines.next[k], u[k]->line(t), scan.length);
-        keep_checkpoint(scan, d, c + k, i, lines.next[k]);
+        save_checkpoint(scan, d, c + k, i, lines.next[k]);
       }
     }
     for (int k = 0; k < K; ++k) {
@@ -102,7 +88,7 @@ class ForwardTask {
 
   int64_t group(int64_t c) const { return shared_channel(p_, p_.weights, c); }
 
-  // The state of a channel after line i; there is room for the last two.
+  // The state of a channel after line i; the last two are kept.
   A* state(int64_t c, int64_t i) const { return state_.get() + ((c - c0_) * 2 + (i & 1)) * pitch_; }
 
   // The gate of channel c + k. Channels that share a gate share its tile.
@@ -115,20 +101,20 @@ class ForwardTask {
     return &tile;
   }
 
-  void keep_checkpoint(const Scan& scan, int d, int64_t c, int64_t i, const A* h) const {
+  void save_checkpoint(const Scan& scan, int d, int64_t c, int64_t i, const A* h) const {
     if (p_.checkpoints == nullptr || (i + 1) % p_.interval != 0) return;
     const int64_t index = i / p_.interval, total = gspn::checkpoint_offset(p_, p_.D);
     if (index >= gspn::checkpoint_lines(p_, scan)) return;
-    A* const kept = static_cast<A*>(p_.checkpoints) + (n_ * p_.C + c) * total + gspn::checkpoint_offset(p_, d);
-    load_line(h, kept + index * scan.length, scan.length);
+    A* const saved = static_cast<A*>(p_.checkpoints) + (n_ * p_.C + c) * total + gspn::checkpoint_offset(p_, d);
+    load_line(h, saved + index * scan.length, scan.length);
   }
 
-  // What to ask for while K channels from c on are scanned.
+  // What to prefetch while K channels from c on are scanned.
   template <int K>
-  LinePrefetcher prefetch(const Scan& scan, int d, int64_t c, const Span& span) const {
+  LinePrefetcher prefetcher_of(const Scan& scan, int d, int64_t c, const Span& span) const {
     const bool descending = descends(p_, scan, true, sizeof(S));
-    const int64_t lead = !descending ? 0 : sizeof(S) == sizeof(A) ? 1 : tile_lines(p_, scan);
-    LinePrefetcher prefetcher(scan, lead, sizeof(S));
+    const int64_t distance = !descending ? 0 : sizeof(S) == sizeof(A) ? 1 : tile_lines(p_, scan);
+    LinePrefetcher prefetcher(scan, distance, sizeof(S));
     if (descending) {
       for (int64_t k = 0; k < 3 && (c == c0_ || group(c - 1) != group(c)); ++k)
         prefetcher.add(scan_plane<const S>(p_.weights, scan, n_, d, group(c), k));
@@ -139,11 +125,10 @@ class ForwardTask {
         if (p_.u) prefetcher.add(scan_plane<const S>(p_.u, scan, n_, d, shared_channel(p_, p_.u, c + k)));
       }
     } else if (is_cold(p_, sizeof(S)) && (scan.horizontal || scan.reversed) && span.lines == scan.lines &&
-               p_.H * p_.W * int64_t(sizeof(S)) >= kNearBytes / 2) {
-      // Whole planes: while they are scanned, their outputs and the next inputs are asked for. Not for
-      // smaller planes: of columns prefetch_near has asked for the next one, and rows go no faster for it.
+               p_.H * p_.W * int64_t(sizeof(S)) >= kWholePlaneBytes) {
+      // Whole planes: while they are scanned, their outputs and the inputs of the next channels are prefetched.
       const auto add = [&](const Field& f, int64_t channel, int64_t k = 0) {
-        prefetcher.add(in_parts<S>(p_, f, scan, n_, d, channel, k));
+        prefetcher.add(as_parts<S>(p_, f, scan, n_, d, channel, k));
       };
       const auto add_gate = [&](const Field& gate, int64_t channel) {
         if (gate && shared_channel(p_, gate, channel) != shared_channel(p_, gate, channel - 1))
@@ -173,7 +158,7 @@ class ForwardTask {
 template <class S>
 void forward_all(const Params& p) {
   if constexpr (sizeof(Accumulator<S>) == sizeof(float)) {
-    if (serves_as_bands<S>(p)) return forward_bands<S>(p);
+    if (is_banded<S>(p)) return forward_bands<S>(p);
   }
   const int64_t group = p.C / p.weights.channels, block = forward_block(p, sizeof(Accumulator<S>));
   const int64_t unit = max64(group, block);  // channels after which a task ends in any case

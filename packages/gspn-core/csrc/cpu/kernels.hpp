@@ -1,4 +1,4 @@
-// The CPU kernels, compiled once per instruction set and chosen at run time.
+// The CPU kernels, compiled once per instruction set and selected at run time.
 #pragma once
 
 #include "gspn/params.hpp"

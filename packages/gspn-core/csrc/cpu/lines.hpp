@@ -1,16 +1,15 @@
 // The arithmetic of one line: plain loops over contiguous positions, which the compiler vectorises, and the recurrence
 // itself in vectors of eight lanes.
-// No function here reads or writes beyond a line, but for those that say so. Lines shorter than a vector are always
-// in scratch memory, which has room for one.
+// No function here reads or writes beyond a line unless its comment says so. Lines shorter than a vector are always in
+// scratch memory, which has room for a whole vector.
 #pragma once
 
 #include <cstdint>
 
+#include "plan.hpp"
 #include "simd.hpp"
 
 namespace {
-
-constexpr int kPad = 16;  // elements before a line of state: one is needed, a vector's worth keeps lines aligned
 
 template <class A>
 struct ExpConstants;
@@ -47,16 +46,16 @@ GSPN_INLINE A exponential(A x) {
   return p * bit_cast<A>(scale);
 }
 
-constexpr int kSaturation = -28;  // logits below saturate: three factors 1 + exp(28) still fit a float
+constexpr int kSaturation = -28;  // logits below are clamped: a product of three factors 1 + exp(28) fits a float
 
 template <class A>
 GSPN_INLINE A exp_negative(A logit) {
   return exponential<A>(-(logit < A(kSaturation) ? A(kSaturation) : logit));
 }
 
-// Equation (stability-context condition), with e_k = exp(-l_k) and sigma_k = 1 / (1 + e_k):
+// The stability-context condition, with e_k = exp(-l_k) and sigma_k = 1 / (1 + e_k):
 //   w_k = sigma_k / sum_m sigma_m = prod_{m != k} (1 + e_m) / sum_m prod_{k' != m} (1 + e_k')
-// one division instead of four. A neighbour that does not exist has no term; b = 1 - a - c is not stored.
+// with one division instead of four. A missing neighbour has no term; b = 1 - a - c is not stored.
 template <class A>
 GSPN_INLINE void normalise(A la, A lb, A lc, bool has_left, bool has_right, A& a, A& c) {
   const A ea = has_left ? A(1) + exp_negative(la) : A(1), eb = A(1) + exp_negative(lb),
@@ -77,37 +76,39 @@ void normalise_line(const A* __restrict la, const A* __restrict lb, const A* __r
   normalise<A>(la[last], lb[last], lc[last], last > 0, false, a[last], c[last]);
 }
 
-// Weights of one line: a, b, c of neighbours j-1, j, j+1; b is null where it is 1 - a - c.
+// Weights of one line: a, b, c of neighbours j-1, j, j+1. Row-stochastic weights have b = 1 - a - c, which is not
+// stored (null); unconstrained ones, used as the caller passed them, have all three.
 template <class A>
 struct Weights {
   const A *a = nullptr, *b = nullptr, *c = nullptr;
 };
 
-// Does nothing at position j of a line. What asks for memory ahead of its use stands in its place.
-struct NothingAhead {
+// Default no-op at position j of a line; replaced by a prefetcher.
+struct NoPrefetch {
   GSPN_INLINE void operator()(int64_t) const {}
 };
 
 // h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j]. Row-stochastic weights use the difference form,
-// h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Every sum here has
-// one product to be fused with: of two, each copy of this code could take another, and round otherwise. Given weights
-// begin with the neighbour that bands.hpp has at hand, while it moves the others into place.
-template <bool kLam, bool kGiven, class V>
+// h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Every sum has one
+// product that can be fused into it: with two, the compiler could choose differently in each copy of this code, which
+// would then round differently. Unconstrained weights start with the right neighbour, which bands.hpp needs no shuffle
+// for.
+template <bool kLam, bool kUnconstrained, class V>
 GSPN_INLINE V updated(V a, V b, V c, V left, V h, V right, V x, V lam) {
-  if (!kGiven) return (kLam ? h + lam * x : h + x) + a * (left - h) + c * (right - h);
+  if (!kUnconstrained) return (kLam ? h + lam * x : h + x) + a * (left - h) + c * (right - h);
   const V zero{};
   return (kLam ? zero + lam * x : x) + c * right + b * h + a * left;
 }
 
-// The weights of eight positions, which all channels of a group share. A given weight may be anything, NaN too; beyond
-// the line's ends it has no neighbour to weigh.
-template <bool kGiven, class A>
+// The weights of eight positions, which all channels of a group share. Unconstrained weights may be anything, NaN too,
+// so those of neighbours beyond the ends of the line are replaced by zero.
+template <bool kUnconstrained, class A>
 struct LaneWeights {
   Lanes<A> a, b{}, c;
 
   GSPN_INLINE LaneWeights(const Weights<A>& w, int64_t j, bool first, bool last)
       : a(load8(w.a + j)), c(load8(w.c + j)) {
-    if (!kGiven) return;
+    if (!kUnconstrained) return;
     b = load8(w.b + j);
     const Lanes<A> zero{};
     if (first) a = __builtin_shufflevector(a, zero, 8, 1, 2, 3, 4, 5, 6, 7);
@@ -115,20 +116,19 @@ struct LaneWeights {
   }
 };
 
-// One line of each of K channels: the state before it, its input and gate, and where its state goes, which may be x.
+// One line of each of K channels: the previous state h, input x, gate lam, and the new state, which may overwrite x.
 template <int K, class A>
 struct Lines {
   const A *h[K], *x[K], *lam[K];
   A* next[K];
 };
 
-// Lines shorter than a vector. Eight positions of each are read; of the next state all are written, beyond the length
-// as zero.
-template <int K, bool kLam, bool kGiven, class A>
+// Lines shorter than a vector. Reads eight positions of each; writes eight of the next state, zero beyond the length.
+template <int K, bool kLam, bool kUnconstrained, class A>
 void update_short_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length) {
   const Lanes<A> position = {0, 1, 2, 3, 4, 5, 6, 7}, beyond{};
   Lanes<A> a = load8(w.a), b{}, c = load8(w.c);
-  if (kGiven) {
+  if (kUnconstrained) {
     a = __builtin_shufflevector(a, beyond, 8, 1, 2, 3, 4, 5, 6, 7);
     b = load8(w.b);
     c = position < A(length - 1) ? c : beyond;
@@ -136,29 +136,29 @@ void update_short_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t l
   for (int k = 0; k < K; ++k) {
     const Lanes<A> lam = kLam ? load8(lines.lam[k]) : beyond, h = load8(lines.h[k]);
     const Lanes<A> here = position < A(length) ? h : beyond;
-    const Lanes<A> next =
-        updated<kLam, kGiven>(a, b, c, left_of(beyond, here), here, right_of(here, beyond), load8(lines.x[k]), lam);
+    const Lanes<A> next = updated<kLam, kUnconstrained>(a, b, c, left_of(beyond, here), here, right_of(here, beyond),
+                                                        load8(lines.x[k]), lam);
     store8(lines.next[k], position < A(length) ? next : beyond);
   }
 }
 
-// Neighbours are shuffled out of the vectors of h at j - 8, j and j + 8: to load h[j - 1] where h has just been written
-// in other pieces would wait for these writes to reach the cache, longer than a short line takes.
-template <int K, bool kLam, bool kGiven, class A, class Ahead>
-void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length, const Ahead& ahead) {
+// Neighbours are shuffled out of the vectors of h at j - 8, j and j + 8. A load of h[j - 1] would overlap two recent
+// stores, so it could not be forwarded and would stall until these reach the cache, longer than a short line takes.
+template <int K, bool kLam, bool kUnconstrained, class A, class Prefetch>
+void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length, const Prefetch& prefetch) {
   const int64_t last = length - kLanes;
-  if (last < 0) return update_short_lines<K, kLam, kGiven>(lines, w, length);
+  if (last < 0) return update_short_lines<K, kLam, kUnconstrained>(lines, w, length);
   const Lanes<A> beyond{};
-  const auto update = [&](const LaneWeights<kGiven, A>& w8, int k, int64_t j, Lanes<A> left, Lanes<A> h, Lanes<A> right)
-                          __attribute__((always_inline)) {
-                            return updated<kLam, kGiven>(w8.a, w8.b, w8.c, left, h, right, load8(lines.x[k] + j),
-                                                         kLam ? load8(lines.lam[k] + j) : beyond);
-                          };
-  // Eight does not divide every length: the last eight positions overlap the ones before, and are computed first.
+  const auto update = [&](const LaneWeights<kUnconstrained, A>& w8, int k, int64_t j, Lanes<A> left, Lanes<A> h,
+                          Lanes<A> right) __attribute__((always_inline)) {
+    return updated<kLam, kUnconstrained>(w8.a, w8.b, w8.c, left, h, right, load8(lines.x[k] + j),
+                                         kLam ? load8(lines.lam[k] + j) : beyond);
+  };
+  // If eight does not divide the length, the last eight positions overlap the ones before, and are computed first.
   const bool overlap = length % kLanes != 0;
   Lanes<A> end[K];
   if (overlap) {
-    const LaneWeights<kGiven, A> weights(w, last, false, true);
+    const LaneWeights<kUnconstrained, A> weights(w, last, false, true);
     for (int k = 0; k < K; ++k) {
       const Lanes<A> here = load8(lines.h[k] + last);
       end[k] = update(weights, k, last, load8(lines.h[k] + last - 1), here, right_of(here, beyond));
@@ -168,8 +168,8 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
   for (int k = 0; k < K; ++k) left[k] = beyond, here[k] = load8(lines.h[k]);
   int64_t j = 0;
   for (; j + 2 * kLanes <= length; j += kLanes) {
-    ahead(j);
-    const LaneWeights<kGiven, A> weights(w, j, j == 0, false);
+    prefetch(j);
+    const LaneWeights<kUnconstrained, A> weights(w, j, j == 0, false);
     for (int k = 0; k < K; ++k) {
       const Lanes<A> right = load8(lines.h[k] + j + kLanes);
       store8(lines.next[k] + j, update(weights, k, j, left_of(left[k], here[k]), here[k], right_of(here[k], right)));
@@ -177,8 +177,8 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
       here[k] = right;
     }
   }
-  ahead(j);
-  const LaneWeights<kGiven, A> weights(w, j, j == 0, !overlap);
+  prefetch(j);
+  const LaneWeights<kUnconstrained, A> weights(w, j, j == 0, !overlap);
   for (int k = 0; k < K; ++k) {
     const Lanes<A> right = overlap ? beyond + lines.h[k][j + kLanes] : beyond;
     store8(lines.next[k] + j, update(weights, k, j, left_of(left[k], here[k]), here[k], right_of(here[k], right)));
@@ -197,7 +197,7 @@ void start_lines(const Lines<K, A>& lines, int64_t length) {
   }
 }
 
-// out = factor * value, or added to out; a null factor is 1.
+// out = factor * value, or out += factor * value; a null factor is 1.
 template <Write kWrite, class A>
 void scale_line(const A* __restrict value, const A* __restrict factor, A* __restrict out, int64_t length) {
   if (factor != nullptr) {
@@ -223,13 +223,13 @@ void adjoint_line(const A* __restrict dy, const A* __restrict u, const A* __rest
   }
 }
 
-// v[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1]: what flows to the previous line. The products are shuffled to their
-// places, as the neighbours of update_lines are.
-template <bool kGiven, class A>
+// v[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1], the gradient that flows to the previous line. Neighbouring products
+// are shuffled, as in update_lines.
+template <bool kUnconstrained, class A>
 void propagate_adjoint_line(const A* g, const Weights<A>& w, A* v, int64_t length) {
   if (length < kLanes) {
     for (int64_t j = 0; j < length; ++j) {
-      const A own = kGiven ? w.b[j] : (A(1) - w.a[j]) - w.c[j];
+      const A own = kUnconstrained ? w.b[j] : (A(1) - w.a[j]) - w.c[j];
       v[j] = own * g[j] + (j < length - 1 ? w.a[j + 1] * g[j + 1] : A(0)) + (j > 0 ? w.c[j - 1] * g[j - 1] : A(0));
     }
     return;
@@ -239,7 +239,7 @@ void propagate_adjoint_line(const A* g, const Weights<A>& w, A* v, int64_t lengt
   };
   const auto products = [&](int64_t j) __attribute__((always_inline)) {
     const Lanes<A> a = load8(w.a + j), c = load8(w.c + j), here = load8(g + j);
-    const Lanes<A> own = kGiven ? load8(w.b + j) : (A(1) - a) - c;
+    const Lanes<A> own = kUnconstrained ? load8(w.b + j) : (A(1) - a) - c;
     return Products{a * here, own * here, c * here};
   };
   const auto sum = [](Lanes<A> left, const Products& here, Lanes<A> right) __attribute__((always_inline)) {
@@ -258,7 +258,7 @@ void propagate_adjoint_line(const A* g, const Weights<A>& w, A* v, int64_t lengt
   }
   if (j == last) {
     store8(v + j, sum(left, here, beyond));
-  } else {  // the last eight positions overlap these
+  } else {  // the last eight positions overlap the ones before
     store8(v + j, sum(left, here, beyond + w.a[j + kLanes] * g[j + kLanes]));
     store8(v + last, sum(beyond + w.c[last - 1] * g[last - 1], products(last), beyond));
   }
@@ -270,8 +270,8 @@ void accumulate_product_line(const A* __restrict a, const A* __restrict b, A* __
   for (int64_t j = 0; j < length; ++j) sum[j] += a[j] * b[j];
 }
 
-// p += g (h[j-1] - h[j]), q += g (h[j+1] - h[j]); at the ends of the line they meet a weight that is zero. Reads h one
-// position before and one after the line.
+// p += g (h[j-1] - h[j]), q += g (h[j+1] - h[j]). Reads h one position before and one after the line; what these add is
+// multiplied by a weight of zero later.
 template <class A>
 void accumulate_differences_line(const A* __restrict g, const A* __restrict h, A* __restrict p, A* __restrict q,
                                  int64_t length) {
@@ -297,7 +297,7 @@ void logit_gradients_line(const A* __restrict la, const A* __restrict lb, const 
     q[j] = c[j] * slope(lc[j]) * (q[j] - t);
   }
   if (length == 0) return;
-  p[0] = A(0);  // no neighbour there, whatever its logit says
+  p[0] = A(0);  // no neighbour there, whatever the logit
   q[length - 1] = A(0);
 }
 

@@ -1,4 +1,4 @@
-// What forward and backward share: scratch memory, planes of a field in scan order, and the weights of a tile.
+// What forward and backward share: scratch memory, planes of a field in scan order, tiles of weights and gates.
 #pragma once
 
 #include <cstddef>
@@ -9,19 +9,12 @@
 
 #include "gspn/params.hpp"
 #include "lines.hpp"
+#include "plan.hpp"
 #include "tile.hpp"
 
 namespace {
 
-using gspn::Field;
-using gspn::Params;
-using gspn::Scan;
-
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// An aligned array of one task, uninitialised unless zeroed. No std::vector here: its code would be compiled for
+// An aligned, uninitialised array of one task. No std::vector here: its code would be compiled for
 // this instruction set and could be merged by the linker into callers that run on any machine.
 template <class A>
 class Scratch {
@@ -49,39 +42,6 @@ inline void fill_zero(A* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = A(0);
 }
 
-// Lines of a tile, a multiple of the checkpoint interval. Small images fit whole, so that every plane is read in one
-// go. In a horizontal scan lines are columns, of which every row of a large image holds a piece in a page of its own:
-// twice as many make half as many visits to each page.
-inline int64_t tile_lines(const Params& p, const Scan& scan) {
-  constexpr int64_t kWhole = 16384, kElements = 8192;
-  const int64_t all = round_up(scan.lines, p.interval);
-  if (p.H * p.W <= kWhole) return all;
-  const int64_t fitting = kElements / max64(1, p.interval * scan.length);
-  return min64(all, p.interval * max64(fitting, scan.horizontal ? 2 : 1));
-}
-
-// Whether a tile holds all lines, in every direction.
-inline bool tiles_are_whole(const Params& p) {
-  for (int d = 0; d < p.D; ++d) {
-    const Scan scan = gspn::make_scan(p, d);
-    if (tile_lines(p, scan) < scan.lines) return false;
-  }
-  return true;
-}
-
-inline int64_t most_tile_lines(const Params& p) {
-  int64_t lines = 0;
-  for (int d = 0; d < p.D; ++d) lines = max64(lines, tile_lines(p, gspn::make_scan(p, d)));
-  return lines;
-}
-
-// Distance between the lines of a scratch tile; the odd number of cache lines keeps tiles of large images
-// from falling on the same cache sets.
-inline int64_t tile_pitch(int64_t length) { return round_up(length, kLanes) + 16; }
-
-// Lines of state with their pads: line t starts at data + kPad + t * pitch.
-inline int64_t state_pitch(int64_t length) { return round_up(length, 16) + 2 * kPad; }
-
 template <class S>
 inline Plane<S> scan_plane(const Field& f, const Scan& scan, int64_t n, int64_t d, int64_t c, int64_t k = 0) {
   S* data = static_cast<S*>(f.data) + n * f.n + d * f.d + c * f.c + k * f.k;
@@ -94,30 +54,11 @@ inline Plane<S> scan_plane(const Field& f, const Scan& scan, int64_t n, int64_t 
   return {data, line, position};
 }
 
-constexpr int64_t kPrefetchBytes = 64 * 1024;       // smaller planes stay in the cache between their tiles
-constexpr int64_t kColdBytes = 14 * 1024 * 1024;    // more come from memory, fewer from a cache
-constexpr int64_t kStreamBytes = 64 * 1024 * 1024;  // larger outputs do not stay in any cache
-
-// Whether what the forward pass reads and writes comes from memory.
-inline bool is_cold(const Params& p, int64_t element) {
-  const int64_t per_direction = 3 * p.weights.channels + (p.lam ? p.lam.channels : 0) + (p.u ? p.u.channels : 0);
-  return p.N * (2 * p.C + p.D * per_direction) * p.H * p.W * element >= kColdBytes;
-}
-
-inline bool is_large(const Params& p, int64_t element) { return p.H * p.W * element >= kPrefetchBytes; }
-
-// Whether the output is written past the caches: a single direction is not read again here, and the caches do not hold
-// so many planes for whoever reads them next.
-template <class S>
-bool streams(const Params& p) {
-  return p.D == 1 && p.N * p.C * p.H * p.W * int64_t(sizeof(S)) >= kStreamBytes;
-}
-
-// The lines [begin, begin + lines) of a scan that are worked on together.
+// The lines [begin, begin + lines) of a scan, which are processed together.
 struct Span {
   int64_t begin, lines;
-  int64_t pitch;      // between lines of scratch
-  int64_t ahead = 0;  // lines from here to the tile that follows, negative in the backward pass; 0: none follows
+  int64_t pitch;     // between lines of scratch
+  int64_t next = 0;  // distance in lines to the tile that follows, negative in the backward pass; 0: none follows
   bool prefetch = false;
 };
 
@@ -129,21 +70,21 @@ inline Span make_span(const Params& p, const Scan& scan, int64_t begin, int64_t 
 
 template <class S>
 inline Plane<S> span_plane(const Plane<S>& plane, const Span& span) {
-  return {plane.data + span.begin * plane.line, plane.line, plane.position, span.ahead * plane.line, span.prefetch};
+  return {plane.data + span.begin * plane.line, plane.line, plane.position, span.next * plane.line, span.prefetch};
 }
 
-// Whether lines can be worked on where they stand.
+// Whether lines can be processed in place.
 template <class S>
-inline bool serves_as_lines(const Plane<S>& plane, int64_t length) {
+inline bool usable_in_place(const Plane<S>& plane, int64_t length) {
   return plane.position == 1 && length >= kLanes;
 }
 
-// A span of a plane: the tensor's own memory where it serves as it is, else a converted copy.
+// A span of a plane: the tensor's own memory if usable in place, else a converted copy.
 template <class S, class A>
 inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t length, A* scratch) {
   const Plane<const S> from = span_plane(plane, span);
   if constexpr (sizeof(S) == sizeof(A)) {
-    if (serves_as_lines(plane, length)) return {from.data, from.line};
+    if (usable_in_place(plane, length)) return {from.data, from.line};
   }
   const Tile<A> copy{scratch, span.pitch};
   load_tile(from, copy, span.lines, length);
@@ -153,26 +94,25 @@ inline Tile<const A> fetch(Plane<const S> plane, const Span& span, int64_t lengt
 // The channel of a field with fewer channels that serves channel c of x.
 inline int64_t shared_channel(const Params& p, const Field& f, int64_t c) { return c / (p.C / f.channels); }
 
-// Asks for a line of some planes with every line that is computed: where the processor's own prefetchers do not see it
-// coming.
+// Prefetches a line of several planes for every line that is computed, in patterns that hardware prefetchers miss.
 class LinePrefetcher {
  public:
-  // lead: lines from the one that is computed to the one asked for, negative in the backward pass.
-  LinePrefetcher(const Scan& scan, int64_t lead, int64_t element)
-      : lines_(scan.lines), length_(scan.length), lead_(lead), element_(element) {}
+  // distance: lines from the computed line to the prefetched one, negative in the backward pass.
+  LinePrefetcher(const Scan& scan, int64_t distance, int64_t element)
+      : lines_(scan.lines), length_(scan.length), distance_(distance), element_(element) {}
   template <class S>
   void add(const Plane<const S>& plane) {
-    if (plane.position != 1 || count_ == kMost) return;
+    if (plane.position != 1 || count_ == kMostPrefetchedPlanes) return;
     planes_[count_++] = {reinterpret_cast<const char*>(plane.data), plane.line * int64_t(sizeof(S)), nullptr};
   }
-  // Tells whether line i has a line ahead of it, and aims at that.
-  bool aim(int64_t i) {
-    const int64_t line = i + lead_;
+  // Selects the line to prefetch while line i is computed; false if there is none.
+  bool select(int64_t i) {
+    const int64_t line = i + distance_;
     if (count_ == 0 || line < 0 || line >= lines_) return false;
     for (int k = 0; k < count_; ++k) planes_[k].row = planes_[k].data + line * planes_[k].stride;
     return true;
   }
-  // Called with every eighth position, asks for each cache line of the rows once. Inlined by force, as prefetch_rows
+  // Called with every eighth position; prefetches each cache line of the rows once. Always inlined, as prefetch_rows
   // is.
   GSPN_INLINE void operator()(int64_t j) const {
     const int64_t byte = j * element_;
@@ -184,32 +124,27 @@ class LinePrefetcher {
   }
 
  private:
-  static constexpr int kMost = 12;
   struct PlaneRows {
     const char* data;
     int64_t stride;
     const char* row;
   };
   int count_ = 0;
-  int64_t lines_, length_, lead_, element_;
-  PlaneRows planes_[kMost];
+  int64_t lines_, length_, distance_, element_;
+  PlaneRows planes_[kMostPrefetchedPlanes];
 };
 
-// Rows in descending order, which the processor does not follow. (Those in ascending order it does.)
-inline bool descends(const Params& p, const Scan& scan, bool forward, int64_t element) {
-  return !scan.horizontal && scan.reversed == forward && is_large(p, element);
-}
-
-// A dense plane as if it were in lines of this scan: a part of the plane for each of the scan's lines. Else nothing.
+// A dense plane cut into as many parts of contiguous memory as the scan has lines, to be prefetched part by part. If
+// the plane is not dense, its position is 0, and it is not prefetched.
 template <class S>
-inline Plane<const S> in_parts(const Params& p, const Field& f, const Scan& scan, int64_t n, int64_t d, int64_t c,
+inline Plane<const S> as_parts(const Params& p, const Field& f, const Scan& scan, int64_t n, int64_t d, int64_t c,
                                int64_t k) {
   const Plane<const S> rows = scan_plane<const S>(f, Scan{false, false, p.H, p.W}, n, d, c, k);
   const bool dense = rows.position == 1 && rows.line == p.W;
   return {rows.data, scan.length, dense ? 1 : 0};
 }
 
-// A gate (lam or u) line by line; without a field every line is null, which stands for 1.
+// The lines of a gate, lam or u; null, which stands for 1, if there is no gate.
 template <class S, class A>
 class GateTile {
  public:
@@ -218,7 +153,7 @@ class GateTile {
   void load(const Scan& scan, int64_t n, int64_t d, int64_t c, const Span& span) {
     if (!f_) return;
     const int64_t channel = shared_channel(p_, f_, c);
-    if (channel == channel_ && d == d_ && span.begin == begin_) return;  // a neighbouring channel has loaded it
+    if (channel == channel_ && d == d_ && span.begin == begin_) return;  // loaded for a neighbouring channel
     channel_ = channel, d_ = d, begin_ = span.begin;
     tile_ = fetch<S, A>(scan_plane<const S>(f_, scan, n, d, channel), span, scan.length, scratch_.get());
   }
@@ -232,7 +167,7 @@ class GateTile {
   int64_t channel_ = -1, d_ = -1, begin_ = -1;
 };
 
-// The weights of a tile, shared by all channels of a group: given ones as they stand, logits normalised once.
+// The weights of a tile, shared by all channels of a group: used unchanged, or logits that are normalised once.
 template <class S, class A>
 class WeightTile {
  public:
@@ -251,7 +186,7 @@ class WeightTile {
     for (int64_t t = 0; t < span.lines; ++t)
       normalise_line(raw_[0].line(t), raw_[1].line(t), raw_[2].line(t), a_.line(t), c_.line(t), scan.length);
   }
-  // Logits, or the given weights.
+  // Logits, or the weights themselves.
   const A* raw(int64_t k, int64_t t) const { return raw_[k].line(t); }
   Weights<A> line(int64_t t) const {
     if (p_.stochastic) return {a_.line(t), nullptr, c_.line(t)};
@@ -267,8 +202,8 @@ class WeightTile {
   int64_t group_ = -1, d_ = -1, begin_ = -1;
 };
 
-// Runs independent tasks on the given number of threads. An exception may not leave a parallel region; the only
-// one a task throws is std::bad_alloc.
+// Runs independent tasks on a number of threads. Exceptions must not leave a parallel region; tasks throw only
+// std::bad_alloc.
 template <class Task>
 void run_tasks(int64_t tasks, int threads, Task task) {
   bool out_of_memory = false;
@@ -286,48 +221,43 @@ void run_tasks(int64_t tasks, int threads, Task task) {
 
 inline bool starts_chunk(const Params& p, int64_t i) { return i == 0 || (p.chunk > 0 && i % p.chunk == 0); }
 
-// One step of the recurrence for K channels. All of them have a gate lam, or none has.
-template <int K, class A, class Ahead = NothingAhead>
+// One step of the recurrence for K channels, which all have a gate lam, or none.
+template <int K, class A, class Prefetch = NoPrefetch>
 inline void step(const Params& p, int64_t i, const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
-                 const Ahead& ahead = {}) {
+                 const Prefetch& prefetch = {}) {
   const bool lam = lines.lam[0] != nullptr;
   if (starts_chunk(p, i)) {
     lam ? start_lines<K, true>(lines, length) : start_lines<K, false>(lines, length);
   } else if (w.b == nullptr) {
-    lam ? update_lines<K, true, false>(lines, w, length, ahead)
-        : update_lines<K, false, false>(lines, w, length, ahead);
+    lam ? update_lines<K, true, false>(lines, w, length, prefetch)
+        : update_lines<K, false, false>(lines, w, length, prefetch);
   } else {
-    lam ? update_lines<K, true, true>(lines, w, length, ahead) : update_lines<K, false, true>(lines, w, length, ahead);
+    lam ? update_lines<K, true, true>(lines, w, length, prefetch)
+        : update_lines<K, false, true>(lines, w, length, prefetch);
   }
 }
 
-inline int64_t max_length(const Params& p) {
-  int64_t length = 0;
-  for (int d = 0; d < p.D; ++d) length = max64(length, gspn::make_scan(p, d).length);
-  return length;
-}
-
-// Where the lines of a span of one channel's sum over directions go: into the tensor where it serves as it is, else
-// into a tile that is stored in the end.
+// Destination of the lines of a span, in one channel's sum over directions: the memory of the sums if usable in place,
+// else a tile that `finish` stores.
 template <class S, class A>
 class SumLines {
  public:
   SumLines() = default;
-  // One of the planes is null: sums in the accumulation type, or the tensor.
+  // One of the planes is null: `sums` in the accumulation type, or the output `tensor`.
   SumLines(const Plane<A>& sums, const Plane<S>& tensor, bool first, const Tile<A>& tile, int64_t length)
       : sums_(sums),
         tensor_(tensor),
         tile_(tile),
         first_(first),
-        in_place_(sums.data != nullptr && serves_as_lines(sums, length)) {}
+        in_place_(sums.data != nullptr && usable_in_place(sums, length)) {}
 
-  // Whether a line may be written as if nothing were to be added to.
-  bool stores() const { return first_ || !in_place_; }
+  // Whether lines are overwritten rather than added to.
+  bool overwrites() const { return first_ || !in_place_; }
   A* line(int64_t t) const { return in_place_ ? sums_.data + t * sums_.line : tile_.line(t); }
-  // Adds (for the first direction: stores) factor * value, where a null factor is 1.
+  // Adds factor * value, or stores it for the first direction; a null factor is 1.
   void add(int64_t t, const A* value, const A* factor, int64_t length) const {
-    stores() ? scale_line<Write::kStore>(value, factor, line(t), length)
-             : scale_line<Write::kAdd>(value, factor, line(t), length);
+    overwrites() ? scale_line<Write::kStore>(value, factor, line(t), length)
+                 : scale_line<Write::kAdd>(value, factor, line(t), length);
   }
   void finish(int64_t lines, int64_t length) const {
     if (in_place_) return;
@@ -346,7 +276,7 @@ class SumLines {
   bool first_ = false, in_place_ = false;
 };
 
-// Sums over directions need the accumulation type: in place where the tensor has it, else in planes of scratch.
+// Sums over directions, in the accumulation type: in the output itself if it has that type, else in scratch memory.
 template <class S, class A>
 class SummedPlanes {
  public:
@@ -370,7 +300,7 @@ class SummedPlanes {
     return {sums, tensor, d == 0, tile, scan.length};
   }
 
-  // Converts the sums into the output, after the last direction.
+  // After the last direction: converts the sums into the output.
   void finish() {
     end_of_stream();
     if (direct() || !out_) return;

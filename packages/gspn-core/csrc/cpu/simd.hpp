@@ -9,7 +9,7 @@
 #include <emmintrin.h>
 #endif
 
-// Left to itself GCC makes calls of these, with the vectors passed through memory.
+// Otherwise GCC does not inline these, and passes the vectors through memory.
 #define GSPN_INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -21,7 +21,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// kStream: past the caches, for whole cache lines that nobody reads soon; a thread calls end_of_stream after it.
+// kStream: non-temporal stores past the caches, of whole cache lines that are not read soon; a thread calls
+// end_of_stream after them.
 enum class Write { kStore, kAdd, kStream };
 
 constexpr int kLanes = 8;
@@ -113,7 +114,7 @@ GSPN_INLINE void store8(Float16* p, Float8 v) {
   store_bits8(p, select(is_large, large, select(is_denormal, denormal, normal)) | (sign >> 16));
 }
 
-// A store that does not read the cache line first; p is aligned to 16 bytes. Where there is none, a plain store.
+// A non-temporal store; p is aligned to 16 bytes. A plain store on machines without SSE2.
 template <class S, class V>
 GSPN_INLINE void stream8(S* p, V v) {
 #ifdef __SSE2__
@@ -135,7 +136,7 @@ GSPN_INLINE void end_of_stream() {
 #endif
 }
 
-// The scalar forms go through the same code, so that a tail rounds as the body does.
+// Scalars go through the vector code, so that the tail of a line rounds as its body does.
 template <class S>
 GSPN_INLINE Accumulator<S> load1(const S* p) {
   S padded[kLanes] = {*p};
@@ -153,7 +154,7 @@ GSPN_INLINE double load1(const double* p) { return *p; }
 GSPN_INLINE void store1(float* p, float value) { *p = value; }
 GSPN_INLINE void store1(double* p, double value) { *p = value; }
 
-// Eight positions one to the left or to the right of `here`, of which the neighbouring vectors hold one.
+// `here` shifted by one position: the eight left (right) neighbours, one of which comes from the neighbouring vector.
 template <class V>
 GSPN_INLINE V left_of(V left, V here) {
   return __builtin_shufflevector(left, here, 7, 8, 9, 10, 11, 12, 13, 14);

@@ -1,24 +1,23 @@
 // A tile is a few consecutive lines of one plane in scan order, each line contiguous: tile[t * pitch + j].
-// Loading and storing convert between the storage type and the accumulation type, and turn columns into lines.
+// Loads and stores convert between the storage type and the accumulation type, and transpose columns into lines.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "plan.hpp"
 #include "simd.hpp"
 
 namespace {
 
-constexpr int64_t kCacheLine = 64;  // bytes
-
-// Where line i, position j of a plane stands: data + i * line + j * position. Turning columns into lines visits every
-// row of the image for a short piece, which the processor's own prefetchers do not follow: with `prefetch` each visit
-// asks for a piece some rows further on, after the last row for one of the next tile, `ahead` elements away (0: none).
-// With `stream` columns are written past the caches, where their pieces are whole cache lines.
+// Line i, position j of a plane is at data + i * line + j * position. Turning columns into lines reads a short piece of
+// every row of the image, a pattern that hardware prefetchers do not follow. With `prefetch`, each read prefetches the
+// piece kRowsAhead rows ahead, and at the end of the plane a piece of the next tile, which is `next_tile` elements away
+// (0: there is none). With `stream`, columns are written past the caches if their pieces are whole cache lines.
 template <class S>
 struct Plane {
   S* data = nullptr;
-  int64_t line = 0, position = 0, ahead = 0;
+  int64_t line = 0, position = 0, next_tile = 0;
   bool prefetch = false, stream = false;
 };
 
@@ -50,7 +49,7 @@ inline void write1(S* dst, Accumulator<S> v) {
   store1(dst, v);
 }
 
-// A plane whose lines run backwards in memory is the forward one with its tile upside down.
+// Reverses a plane whose lines descend in memory, together with its tile.
 template <class S, class A>
 inline void make_ascending(Plane<S>& plane, Tile<A>& tile, int64_t lines) {
   if (plane.line >= 0) return;
@@ -60,20 +59,17 @@ inline void make_ascending(Plane<S>& plane, Tile<A>& tile, int64_t lines) {
   tile.pitch = -tile.pitch;
 }
 
-// Asks for the pieces of eight rows that stand kAhead rows after `row`. The hint names the second-level cache: asking
-// for the first is limited to its few outstanding misses. Inlined by force: GCC takes a function of nothing but
-// prefetches for one without effects and drops its calls.
+// Prefetches eight rows, kRowsAhead rows ahead of `row`, into the second-level cache: the first-level cache allows only
+// few outstanding misses. Always inlined: GCC considers a function of prefetches alone free of effects and drops calls.
 template <class S>
 GSPN_INLINE void prefetch_rows(const Plane<S>& plane, int64_t row, int64_t length, int64_t row_elements) {
-  // Far enough for the latency of memory. No power of two: rows of a power of two would meet in one set of the cache.
-  constexpr int64_t kAhead = 72;
   if (!plane.prefetch) return;
-  row += kAhead;
+  row += kRowsAhead;
   S* data = plane.data;
   if (row + kLanes > length) {
     row -= length;
-    data += plane.ahead;
-    if (plane.ahead == 0 || row < 0 || row + kLanes > length) return;
+    data += plane.next_tile;
+    if (plane.next_tile == 0 || row < 0 || row + kLanes > length) return;
   }
   for (int64_t r = row; r < row + kLanes; ++r) {
     const char* line = reinterpret_cast<const char*>(data + r * plane.position);
@@ -83,11 +79,9 @@ GSPN_INLINE void prefetch_rows(const Plane<S>& plane, int64_t row, int64_t lengt
   }
 }
 
-constexpr int64_t kNearBytes = 8192;  // far enough for the latency of the cache that cores share
-
-// For a block of a tile that holds whole rows of a dense plane: asks for as much as the block, kNearBytes further on.
-// Blocks jump from row to row, which the processor's own prefetchers do not take for the stream it is. Behind the last
-// row the next channel's first is asked for. Inlined by force, as prefetch_rows is.
+// For a tile of whole rows of a dense plane: prefetches as many bytes as a block has, kNearBytes ahead. Blocks jump
+// from row to row, so hardware prefetchers do not detect the sequential stream. After the last row this prefetches the
+// next channel. Always inlined, as prefetch_rows is.
 template <class S>
 GSPN_INLINE void prefetch_near(const S* rows, int64_t line) {
   constexpr int64_t kBlock = kLanes * kLanes * int64_t(sizeof(S));
@@ -116,7 +110,7 @@ GSPN_INLINE void store_blocks(const A* src, int64_t pitch, S* dst, int64_t posit
   for (int r = 0; r < kLanes; ++r)
     for (int i = 0; i < kCount; ++i) write8<kWrite>(dst + r * position + i * kLanes, blocks[i][r]);
 }
-// The same for one block whose first lines and positions have been added already.
+// Adds one block, except its first lines and positions, which an overlapping block has added already.
 template <class S, class A>
 inline void add_rest_of_block(const A* src, int64_t pitch, S* dst, int64_t position, int64_t lines_done,
                               int64_t positions_done) {
@@ -128,14 +122,14 @@ inline void add_rest_of_block(const A* src, int64_t pitch, S* dst, int64_t posit
     write8<Write::kAdd>(dst + r * position, line >= A(lines_done) ? block[r] : Lanes<A>{});
 }
 
-// On large planes two blocks side by side, which fill a cache line of floats, so that each line of the image is touched
-// once; on small ones these come from the cache anyway. Doubles fill one with a single block.
+// The lines that are loaded in pairs of blocks. On large planes a pair fills a cache line of float32, so that each
+// cache line is touched once; small planes are in the cache anyway, and one block of float64 fills a cache line.
 template <class S>
 inline int64_t paired_lines(const Plane<S>& plane, int64_t lines) {
   return plane.prefetch && sizeof(S) < 8 ? lines - lines % (2 * kLanes) : 0;
 }
 
-// Eight does not divide every size: the last block, at most `last`, overlaps the one before.
+// If eight does not divide the size, the last block, which begins at `last`, overlaps the one before.
 inline int64_t block_begin(int64_t begin, int64_t last) { return begin < last ? begin : last; }
 
 template <class S, class A>
@@ -166,7 +160,7 @@ void load_tile(Plane<const S> src, Tile<A> dst, int64_t lines, int64_t length) {
     for (int64_t j = 0; j < length; ++j) dst.line(t)[j] = load1(src.data + t * src.line + j * src.position);
 }
 
-// Whether every row of a tile begins a cache line.
+// Whether every row of a tile begins at a cache line.
 template <class S>
 inline bool begins_cache_lines(const Plane<S>& plane) {
   return (reinterpret_cast<uintptr_t>(plane.data) | uintptr_t(plane.position) * sizeof(S)) % kCacheLine == 0;

@@ -1,22 +1,29 @@
-// Backward (scan order; v is what flows backwards and is 0 across a chunk's border), one direction a launch:
+// Backward, one direction per launch. In scan order, g is the gradient of the state, and v the part of it that
+// comes from the next line, 0 across the border of a chunk:
 //
-//   g_i[j] = u dy + v     v_{i-1}[j] = b[j] g[j] + a[j+1] g[j+1] + c[j-1] g[j-1]     dx += lam g   dlam = g x   du = dy
-//   h p = g (h_{i-1}[j-1] - h_{i-1}[j])   q = g (h_{i-1}[j+1] - h_{i-1}[j])   summed over the channels of a group
+// clang-format off
+//   g_i[j]     = u_i[j] dy_i[j] + v_i[j]
+//   v_{i-1}[j] = b_i[j] g_i[j] + a_i[j+1] g_i[j+1] + c_i[j-1] g_i[j-1]
+//   dx += lam g      dlam = g x      du = dy h
+//   p = g (h_{i-1}[j-1] - h_{i-1}[j])      q = g (h_{i-1}[j+1] - h_{i-1}[j])
+// clang-format on
 //
-// An interval of lines at a time, from the last to the first: its states are computed again from the checkpoint that
-// entered it and kept in shared memory, then the adjoint runs back through it. The scan itself yields nothing but g;
-// every gradient is then made of g, the states and the inputs element by element, in the order of memory.
+// dlam, du, p and q are summed over the channels that share a gate or weights; p and q give the gradients of logits.
+//
+// Runs through the intervals of lines from the last to the first. The states of an interval are recomputed from the
+// checkpoint before it, into shared memory; then the adjoint scan runs backwards. The scan computes g alone. All
+// gradients are computed from g, the states and the inputs element by element afterwards, in the order of memory.
 #pragma once
 
 #include "forward.cuh"
 
 namespace gspn::cuda {
 
-// Sums of one launch that several warps contribute to, finished by kernels of their own: for weights
-// (parts, N, G, planes, H, W), for gates (N, C, H, W) each, in the accumulation type.
+// Sums of one launch to which several warps contribute, reduced by separate kernels: (parts, N, G, planes, H, W) for
+// weights, (N, C, H, W) for each gate, in the accumulation type.
 struct Partials {
   int64_t parts;            // channel blocks of a group
-  int64_t weights, lam, u;  // elements, 0 where the gradient is stored at once
+  int64_t weights, lam, u;  // elements; 0 if the gradient is stored directly
 };
 
 template <class C>
@@ -46,7 +53,7 @@ __device__ __forceinline__ void logit_gradients(A la, A lb, A lc, bool has_left,
   out[2] = has_right ? c * slope<T>(lc) * (q - t) : A(0);
 }
 
-// Where one gate's gradient goes: to the tensor, or per channel to be summed over the channels that share the gate.
+// Destination of one gate's gradient: the tensor, or per channel, to be summed over the channels that share the gate.
 template <class C>
 struct GateGradient {
   using T = typename C::T;
@@ -81,8 +88,8 @@ size_t strip_backward_bytes(const Params& p, int per_block, bool halos) {
          (per_block * (WeightTile<C>::size(p.stochastic) + C::CW * (C::K * C::kPitch + states)) + buffers);
 }
 
-// One line of the adjoint: g = s + v in place of s, then v for the line before. A chunk is a job of its own, so nothing
-// flows across its border.
+// One line of the adjoint scan: g = s + v overwrites s, then v of the previous line. Each chunk is a separate job, so
+// nothing flows across its border.
 template <class C>
 __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const WeightTile<C>& weights,
                                              typename C::A* tile, int m) {
@@ -95,9 +102,9 @@ __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const Wei
 #pragma unroll
     for (int q = 0; q < P; ++q) b[q] = (A(1) - a.v[q]) - c.v[q];
   } else {
-    const Pack<A, P> given = row_of_lane<C>(weights.b, m);
+    const Pack<A, P> middle = row_of_lane<C>(weights.b, m);
 #pragma unroll
-    for (int q = 0; q < P; ++q) b[q] = given.v[q];
+    for (int q = 0; q < P; ++q) b[q] = middle.v[q];
   }
 #pragma unroll
   for (int q = 0; q < P; ++q) g[q] = s.v[q] + v[q];
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
   A* const all_states = tiles + l.per_block * C::CW * (C::K * C::kPitch);
   A* const halos = all_states + l.per_block * C::CW * states_size;
   const auto tile_of = [&](int channel_warp) { return tiles + (strip * C::CW + channel_warp) * (C::K * C::kPitch); };
-  // Row 0 is the state that enters the interval, row r + 1 that of its line r.
+  // Row 0 is the state before the interval, row r + 1 the state after its line r.
   const auto states_of = [&](int channel_warp) { return all_states + (strip * C::CW + channel_warp) * states_size; };
   A* const tile = tile_of(cw);
   A* const states = states_of(cw);
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
         const Field f{weight_partials, groups, groups * summed_planes * plane, 0, summed_planes * plane, plane, p.W, 1};
 #pragma unroll
         for (int s = 0; s < C::SEG; ++s) {
-          // Without shared warps every channel of a group is a part of its own.
+          // If warps do not share weights, every channel of a group is a separate part.
           const int c = channels.of_segment(s);
           const int64_t in_group = C::CW > 1 ? part : c % int(p.C / groups);
           weight_sums[k].plane[s] =
@@ -187,7 +194,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
 
   A v[C::P] = {};
   int exchanges = 0;
-  bool last_tile = true;  // of the chunk: nothing flows into it
+  bool last_tile = true;  // of the chunk: no gradient flows into it
   for (int end = job.end; end > job.begin;) {
     int begin = (end - 1) / interval * interval;
     begin = begin > job.begin ? begin : job.begin;
@@ -205,7 +212,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
         share_barrier<C>();
         if (w.i0 > begin && l.strips > 1) {
           job.strips.exchange(halos, exchanges++ & 1, h, l.cluster);
-          put_row<C>(states, w.i0 - begin, h);  // now right at the strip's edges too
+          put_row<C>(states, w.i0 - begin, h);  // now correct at the edges of the strip too
         }
 #pragma unroll 1
         for (int m = 0; m < w.count; ++m) {
@@ -223,7 +230,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
       weight_loader.put(weights, w, horizontal, cw);
       source.put(tile, w, horizontal);
       share_barrier<C>();
-      if (i0 > job.begin) {  // what comes next is under way while this tile is computed
+      if (i0 > job.begin) {  // prefetch the next tile while this one is computed
         const Window before = window(job, scan, i0 - C::K > job.begin ? i0 - C::K : job.begin, i0);
         prefetch_tile<C>(source.value, before, horizontal);
         if (source.gate) prefetch_tile<C>(source.gate, before, horizontal);

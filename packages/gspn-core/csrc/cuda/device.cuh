@@ -1,5 +1,5 @@
-// What the kernels need of the device beyond plain C++: numbers of 16 bits, fast functions, clusters, launches. Under
-// nvcc these are CUDA's own; elsewhere the host emulation of tests/emulation stands in, and runs the very same kernels.
+// What the kernels need beyond plain C++: 16-bit floating point, fast functions, clusters, launches. Under nvcc these
+// are CUDA's; otherwise the emulation in tests/emulation provides them, and runs the same kernels on the host.
 #pragma once
 
 #include <cstddef>
@@ -55,7 +55,7 @@ __device__ __forceinline__ void narrow(float v, BFloat16& out) {
 }
 __device__ __forceinline__ void narrow(float v, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
 
-// exp(x). Rounding to 16 bits hides what the fast one loses.
+// exp(x). The fast version is accurate enough for results of 16 bits.
 template <class T>
 __device__ __forceinline__ float exponential(float x) {
   return sizeof(T) == 2 ? __expf(x) : expf(x);
@@ -73,20 +73,20 @@ __device__ __forceinline__ double reciprocal(double x) {
   return 1.0 / x;
 }
 
-// The same value, of which the compiler knows nothing: keeps it from computing addresses of whole tiles before the loop
-// over tiles, and from spilling them.
+// Hides a value from the optimiser, which would otherwise compute the addresses of whole tiles before the loop over
+// tiles, and spill them.
 __device__ __forceinline__ int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
 
-// Asks the second-level cache for the memory at p; nothing depends on it.
+// Prefetches the memory at p into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 extern __shared__ __align__(128) unsigned char gspn_shared_memory[];
 __device__ __forceinline__ unsigned char* shared_memory() { return gspn_shared_memory; }
 
-// Clusters of blocks that see each other's shared memory, from sm_90 on; before, every block is a cluster of its own.
+// Clusters of blocks can access each other's shared memory from sm_90 on; before, every block is a cluster of one.
 __device__ __forceinline__ int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   uint32_t rank;
@@ -96,7 +96,7 @@ __device__ __forceinline__ int cluster_rank() {
   return 0;
 #endif
 }
-// Where p of this block stands in the block of the given rank.
+// The address of p in the shared memory of another block of the cluster.
 template <class A>
 __device__ __forceinline__ A* cluster_map(A* p, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -117,11 +117,11 @@ __device__ __forceinline__ void cluster_barrier() {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // a launch that failed leaves no error behind for somebody else's call
+  cudaGetLastError();  // clear the error, so that a later call of other code does not report it
   throw std::runtime_error(std::string("gspn_core: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current and returns the one that was.
+// Makes a device current and returns the previous one.
 inline int exchange_device(int device) {
   int before = 0;
   check(cudaGetDevice(&before), "asking for the device");
@@ -208,7 +208,7 @@ A* cluster_map(A* p, int rank) {
 inline int exchange_device(int) { return 0; }
 inline void restore_device(int) {}
 
-inline Limits emulated_limits{9, 132, 227 * 1024};  // an H100's; tests put other devices here
+inline Limits emulated_limits{9, 132, 227 * 1024};  // an H100; tests set other devices
 inline Limits device_limits() { return emulated_limits; }
 
 template <class... Parameters, class... Arguments>

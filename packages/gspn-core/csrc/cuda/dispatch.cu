@@ -1,4 +1,4 @@
-// From a call to the kernels of its type, after what all of them need to be true.
+// Dispatches a call to the kernels of its dtype, after checks that all kernels rely on.
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -14,15 +14,15 @@ namespace {
 
 int64_t magnitude(int64_t v) { return v < 0 ? -v : v; }
 
-// Kernels count within a plane in 32 bits, and across planes in 64.
+// Kernels index within a plane with 32 bits, and across planes with 64.
 void check_planes(const Params& p) {
   if (p.H * p.W > INT32_MAX || p.C > INT32_MAX || p.C * p.D > INT32_MAX)
-    throw std::invalid_argument("gspn_core: the CUDA kernels serve planes of less than 2^31 pixels, got " +
+    throw std::invalid_argument("gspn_core: the CUDA kernels support planes of less than 2^31 pixels, got " +
                                 std::to_string(p.H) + " x " + std::to_string(p.W));
   for (const Field* f : {&p.x, &p.weights, &p.lam, &p.u, &p.y, &p.dy, &p.dx, &p.dweights, &p.dlam, &p.du})
     if (f->data != nullptr && (p.H - 1) * magnitude(f->row) + (p.W - 1) * magnitude(f->col) > INT32_MAX)
       throw std::invalid_argument(
-          "gspn_core: the CUDA kernels serve planes that span less than 2^31 elements of memory,"
+          "gspn_core: the CUDA kernels support planes that span less than 2^31 elements of memory,"
           " got strides " +
           std::to_string(f->row) + " and " + std::to_string(f->col));
 }

@@ -1,7 +1,7 @@
 // Forward: y = sum_d u_d h_d.
 //
-// strip_forward streams an image of any size through one direction a launch; y is summed over the launches, in order,
-// in the accumulation type. resident_forward keeps small images in shared memory and takes all directions at once.
+// strip_forward scans images of any size, one direction per launch; y is summed over the launches, in order, in the
+// accumulation type. resident_forward keeps small images in shared memory and scans all directions in one launch.
 #pragma once
 
 #include "plan.hpp"
@@ -9,15 +9,15 @@
 
 namespace gspn::cuda {
 
-// What one launch of a strip kernel is to do, beside Params.
+// Parameters of one launch of a strip kernel, in addition to Params.
 struct StripLaunch {
   int d = 0;                       // place of the direction
   int strips = 1, per_block = 1;   // of a line, of a block
   int cluster = 1;                 // blocks that share a line
   int chunks = 1;                  // independent scans of an image
   int64_t blocks = 1;              // channel blocks of an image
-  bool first = true, last = true;  // of the directions: where the sums begin and where they end
-  void* sums = nullptr;            // (N, C, H, W) in the accumulation type, where the output cannot hold the sums
+  bool first = true, last = true;  // whether d is the first, the last of the directions
+  void* sums = nullptr;            // (N, C, H, W) in the accumulation type, if the output has another type
   void* partials = nullptr;        // backward: sums over some of the channels that share a weight or a gate
 };
 
@@ -29,13 +29,13 @@ GSPN_HOST_DEVICE inline int64_t channel_blocks(const Params& p) {
   return (p.C + C::SEG - 1) / C::SEG;
 }
 
-// What a warp works on; the same for all blocks of a cluster but for the strip.
+// The work of a warp; blocks of a cluster differ in the strip only.
 template <class C>
 struct Job {
   int64_t n;
   int block;  // channel block of the image
   Channels<C> channels;
-  bool active = true;  // false for a warp beyond its group's last channel: it only helps with the weights
+  bool active = true;  // false for a warp beyond the last channel of its group, which only loads weights
   int warps = 1;       // active warps that share a strip's weights
   int begin, end;      // lines of the chunk
   Strips<C> strips;
@@ -69,7 +69,7 @@ struct Job {
   }
 };
 
-// Where the state that enters line interval, 2 * interval, ... of a channel is kept for the backward pass.
+// The checkpoints of a channel for the backward pass: the states before lines interval, 2 * interval, ...
 template <class C>
 struct Checkpoints {
   using A = typename C::A;
@@ -96,7 +96,7 @@ struct Checkpoints {
   __device__ __forceinline__ bool due(int line) const {
     return count > 0 && line > 0 && line % interval == 0 && line / interval <= count;
   }
-  // A chunk begins with nothing, whatever the lane still holds.
+  // A chunk starts from a state of zero, whatever the lane still holds.
   __device__ __forceinline__ void save(int line, const Window& w, const Channels<C>& channels, const Strips<C>& strips,
                                        const A (&h)[C::P], bool starts_chunk) const {
     const int lane = threadIdx.x & 31;
@@ -157,7 +157,7 @@ struct Output {
     }
     sums = channels.template planes<A>(p, f, scan, n, 0);
   }
-  // Of the sums no more than is written again: a neighbouring strip may be writing the rest.
+  // Loads only the sums that this strip writes: a neighbouring strip may be writing the rest.
   __device__ __forceinline__ void load(const Window& w, bool horizontal, const Strips<C>& strips) {
     if (u) raw_u.load(u, w, horizontal);
     if (first) return;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
     share_barrier<C>();
     if (job.active) output.load(w, scan.horizontal, job.strips);
     const Window next = window(job, scan, w.i0 + C::K, job.end);
-    if (next.i0 < job.end) {  // under way while this tile is computed
+    if (next.i0 < job.end) {  // loads overlap the computation of this tile
       weight_loader.load(next, scan.horizontal, cw);
       input.load(next, scan.horizontal);
     }
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
     share_barrier<C>();
     w = next;
   }
-  if (l.cluster > 1) cluster_barrier();  // nobody leaves while a neighbour may still write into its memory
+  if (l.cluster > 1) cluster_barrier();  // no block exits while a neighbour may still write to its memory
 }
 
 // ---- images that stay in shared memory
@@ -261,7 +261,7 @@ struct ResidentMemory {
   using A = typename C::A;
   static constexpr int kChannels = C::CW * C::SEG;
 
-  // Odd rows, so that neither rows nor columns fall on one bank.
+  // An odd pitch avoids bank conflicts along rows and along columns.
   static GSPN_HOST_DEVICE int pitch(const Params& p) { return int(p.W) | 1; }
   static GSPN_HOST_DEVICE size_t plane(const Params& p) { return size_t(p.H) * size_t(pitch(p)); }
   static size_t bytes(const Params& p) {
@@ -270,9 +270,9 @@ struct ResidentMemory {
   }
 };
 
-// A block holds x and the sums of a few channels and takes two opposite directions at a time, a warp each for every
-// channel. They meet in the middle: while one takes the first half of its lines the other takes what is the last half
-// to the first, so that neither adds to the same pixels, and one barrier later they change sides.
+// A block holds x and the sums of a few channels, and scans two opposite directions at a time, with a warp per
+// direction and channel. In the first phase each warp scans the first half of its lines, in opposite halves of the
+// image, so that they never add to the same pixels; after a barrier each scans its second half.
 template <class C>
 __global__ void __launch_bounds__(64 * C::CW)
     resident_forward(const __grid_constant__ Params p, const __grid_constant__ ResidentLaunch l) {
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(64 * C::CW)
   const Field x_field{xs + cw * C::SEG * plane, 0, 0, 0, int64_t(plane), 0, pitch, 1};
   const Field sums_field{sums + cw * C::SEG * plane, 0, 0, 0, int64_t(plane), 0, pitch, 1};
   const int lane = int(threadIdx.x) & 31, pixels = int(p.H) * int(p.W);
-  // Both warps of a channel copy it in, and in the end out.
+  // Both warps of a channel copy it in, and out at the end.
 #pragma unroll
   for (int s = 0; s < C::SEG; ++s) {
     if (!job.active || job.channels.first + s >= job.channels.end) continue;
@@ -326,10 +326,11 @@ __global__ void __launch_bounds__(64 * C::CW)
     const Planes<C, const T> u = job.channels.template planes<const T>(p, p.u, scan, job.n, d);
     const Checkpoints<C> checkpoints(p, job.channels, scan, job.n, d);
 
-    // The first warp's lines up to `half` and the second's others make the first phase; a warp alone needs one phase.
+    // First phase: the first warp's lines up to `half`, and the second warp's remaining ones. A single warp has one
+    // phase.
     const int half = lines / 2;
     const int middle = !paired ? lines : side == 0 ? half : lines - half;
-    const int tiles = ((paired ? lines - half : lines) + C::K - 1) / C::K;  // of the longer half, alike for all warps
+    const int tiles = ((paired ? lines - half : lines) + C::K - 1) / C::K;  // of the longer half, in every warp
     A h[C::P] = {};
     for (int phase = 0; phase < (paired ? 2 : 1); ++phase) {
       const int begin = phase == 0 ? 0 : middle, end = !runs ? begin : phase == 0 ? middle : lines;
@@ -337,7 +338,7 @@ __global__ void __launch_bounds__(64 * C::CW)
         const int left = end - begin - t * C::K;
         return Window{begin + t * C::K, left < 0 ? 0 : left < C::K ? left : C::K, 0, length};
       };
-      const bool stores = round == 0 && phase == 0;  // nothing is there to be added to
+      const bool stores = round == 0 && phase == 0;  // the first to write the sums
       weight_loader.load(window_of(0), scan.horizontal, cw);
       input.load(window_of(0), scan.horizontal);
 #pragma unroll 1
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(64 * C::CW)
         share_barrier<C>();
         Fragment<C, T, C::kElements> raw_u;
         if (u) raw_u.load(u, w, scan.horizontal);
-        weight_loader.load(next, scan.horizontal, cw);  // under way while this tile is computed
+        weight_loader.load(next, scan.horizontal, cw);  // overlaps the computation of this tile
         input.load(next, scan.horizontal);
         scan_tile<C>(p, h, weights, tile, w, checkpoints, job.channels, job.strips, job.active);
         __syncwarp();

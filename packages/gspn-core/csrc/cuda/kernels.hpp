@@ -1,4 +1,4 @@
-// The CUDA kernels as the bindings see them. Pointers in Params are the device's; calls return at once.
+// The interface of the CUDA kernels. Pointers in Params are device pointers; calls are asynchronous.
 #pragma once
 
 #include <cstddef>
@@ -12,16 +12,16 @@ namespace gspn::cuda {
 size_t forward_workspace(const Params& p);
 size_t backward_workspace(const Params& p);
 
-// On the current device's given stream (a cudaStream_t). Throw std::invalid_argument for what no kernel serves, and
-// std::runtime_error with CUDA's own words where a launch fails.
+// On a stream (a cudaStream_t) of the current device. Throw std::invalid_argument for calls that no kernel supports,
+// and std::runtime_error with CUDA's message if a launch fails.
 void forward(const Params& p, void* workspace, void* stream);
 void backward(const Params& p, void* workspace, void* stream);
 
-// Makes a device the current one, until the end of the scope.
+// Makes a device current until the end of the scope.
 class OnDevice {
  public:
   explicit OnDevice(int device);
-  ~OnDevice();  // an error here shows in the next call
+  ~OnDevice();  // ignores errors, which the next call reports
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
@@ -29,7 +29,7 @@ class OnDevice {
   int before_;
 };
 
-// For tests and measurements: "auto", or one of "resident", "strip" and "cluster", taken wherever it is possible.
+// For tests and benchmarks: "auto", or "resident", "strip" or "cluster", used wherever possible.
 void select_path(const std::string& name);
 
 }  // namespace gspn::cuda

@@ -1,4 +1,4 @@
-// Launches for one storage type: plans, covers turned into template arguments, workspaces.
+// Launches for one storage type: plans, template arguments of a cover, workspaces.
 #pragma once
 
 #include "backward.cuh"
@@ -7,7 +7,7 @@
 
 namespace gspn::cuda {
 
-// Calls use(Config<...>()) with the configuration of a cover. The covers of plan.hpp are the instances there are.
+// Calls use(Config<...>()) with the configuration of a cover; only the covers in plan.hpp are instantiated.
 template <class T, class Use>
 auto with_cover(const Cover& c, const Use& use) {
   const auto is = [&](int P, int K, int CW, int SEG) { return c.P == P && c.K == K && c.CW == CW && c.SEG == SEG; };
@@ -54,7 +54,7 @@ Plan backward_plan(const Params& p, int d, const Limits& limits) {
 
 inline int64_t elements(const Params& p) { return p.N * p.C * p.H * p.W; }
 
-// Sums over directions need a place of their own where the output's type is not the accumulation's.
+// Sums over directions need scratch memory if the output is not of the accumulation type.
 template <class T>
 size_t sums_bytes(const Params& p, const Field& out) {
   const bool needed = sizeof(T) != sizeof(Accumulator<T>) && p.D > 1 && out.data != nullptr;

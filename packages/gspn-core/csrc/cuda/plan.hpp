@@ -1,5 +1,5 @@
-// Which kernel serves a call: all thresholds, in one place, with their reasons. Knows shapes and the device's limits,
-// launches nothing.
+// Chooses the kernel and its launch configuration for a call: all thresholds, in one place, with their reasons. Depends
+// on shapes and the limits of the device only.
 #pragma once
 
 #include <cstddef>
@@ -32,24 +32,24 @@ struct Plan {
 
 // ---- the table
 //
-// Lines no longer than a warp's reach need no exchange between warps, so P is the smallest that reaches: lanes without
-// positions cost as much as lanes with them. K = 8 lines of 4 bytes are a sector of 32 bytes for each row that a
-// horizontal scan visits; P = 4 affords 4, for registers hold K P elements of every plane.
+// Lines that fit one warp need no exchange between warps, and P is the smallest that fits, for idle lanes cost as much
+// as busy ones. K = 8 lines of 4 bytes are a sector of 32 bytes of each row that a horizontal scan reads; P = 4 allows
+// only K = 4, because registers hold K P elements of every plane.
 constexpr Cover kShort[] = {{1, 8, 1, 4}, {1, 8, 1, 2}, {1, 8, 1, 1}, {2, 8, 1, 1}, {4, 4, 1, 1}};
 // Longer lines are cut into strips that overlap by 2 K positions: 120 of 128 positions are useful at P = 4, K = 4.
 constexpr Cover kLong = {4, 4, 1, 1};
-// A last resort without clusters, where a block has to hold a line of thousands: 252 of 256 are useful.
+// Fallback without clusters, if one block must hold a line of thousands: 252 of 256 positions are useful.
 constexpr Cover kLongest = {8, 2, 1, 1};
-// float64 has one simple way.
+// float64 has a single, simple configuration.
 constexpr Cover kDouble[] = {{1, 4, 1, 1}, {2, 4, 1, 1}};
-// Channels that share weights come four to a block: weights are then normalised once for four.
+// A block has four channels that share weights, which are then normalised once for the four.
 constexpr int kSharing = 4;
-// Twelve warps leave a thread 168 registers, which the forward kernels need; the backward ones need up to 255.
+// Twelve warps leave 168 registers per thread, which the forward kernels need; backward kernels need up to 255.
 constexpr int kForwardWarps = 12, kBackwardWarps = 8;
-// Channels side by side each need pointers of their own, of which the backward kernels have most.
+// Each channel side by side in a warp needs its own pointers, of which the backward kernels have most.
 constexpr int kForwardSegments = 4, kBackwardSegments = 2;
-constexpr int kMostCluster = 8;  // what every device with clusters has
-// Beyond 128 positions a line does not fit one warp, and the resident kernel knows no strips.
+constexpr int kMostCluster = 8;  // supported by every device with clusters
+// Longer lines do not fit one warp, and the resident kernel has no strips.
 constexpr int kResidentLength = 128;
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -77,7 +77,7 @@ inline int chunks_of(const Params& p, const Scan& scan) {
   return p.chunk > 0 && p.chunk < scan.lines ? ceil_div(scan.lines, p.chunk) : 1;
 }
 
-// Cuts lines into strips for blocks and clusters. bytes(cover, strips of a block) is the shared memory it would take.
+// Cuts lines into strips for blocks and clusters. bytes(cover, strips of a block) is the shared memory needed.
 template <class Bytes>
 bool cut(const Cover& cover, int64_t length, const Limits& limits, int most_warps, const Bytes& bytes, Plan& plan) {
   plan.cover = cover;
@@ -98,8 +98,8 @@ Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int mo
   if (!possible && p.dtype != Dtype::kFloat64) possible = cut(kLongest, scan.length, limits, most_warps, bytes, plan);
   if (!possible)
     throw std::invalid_argument("gspn_core: lines of " + std::to_string(scan.length) +
-                                " positions are longer than the CUDA kernels serve on this device");
-  // Few scans leave most of the device idle: a cluster of blocks to a line puts more of it to work.
+                                " positions are longer than the CUDA kernels support on this device");
+  // If there are too few scans to fill the device, a cluster of blocks per line uses more of it.
   const int64_t blocks = p.N * blocks_of(p, plan.cover) * chunks_of(p, scan);
   const auto may_grow = [&] {
     if (limits.major < 9 || plan.cluster * 2 > kMostCluster || plan.per_block == 1) return false;
@@ -112,8 +112,8 @@ Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int mo
   return plan;
 }
 
-// Whether all directions can be taken in shared memory at once: worth it from two directions on, which would
-// otherwise read x and add to y once each.
+// Whether all directions can run in shared memory at once. Pays off from two directions on, each of which would
+// otherwise read x and add to y in global memory.
 template <class Bytes>
 bool plan_resident(const Params& p, const Limits& limits, Path path, const Bytes& bytes, Cover& cover) {
   const int64_t length = p.H > p.W ? p.H : p.W;

@@ -1,10 +1,10 @@
 // Tiles: a few lines of a strip, in shared memory. A strip is the part of a line that one warp computes. A lane owns P
 // positions in a row of it, so a step of the scan needs one shuffle to either side.
 //
-// Every tensor is read the way the image lies in memory, element by element through its strides, into registers;
-// conversion, normalisation and the product with the input gate happen on the way to shared memory, where horizontal
-// scans find their lines transposed. So any dtype, alignment and stride takes the same path, and the loads of the next
-// tile are under way while the current one is computed.
+// Every tensor is read in the order of memory, element by element through its strides, into registers. Conversion,
+// normalisation and the product with the input gate happen on the way to shared memory, where horizontal scans find
+// their lines transposed. So all dtypes, alignments and strides share one code path, and the loads of the next tile
+// overlap the computation of the current one.
 #pragma once
 
 #include "device.cuh"
@@ -12,7 +12,7 @@
 
 namespace gspn::cuda {
 
-// How a kernel covers its lines.
+// How a kernel covers its lines:
 //   P     positions of a lane              K   lines of a tile
 //   CW    channel warps that share the normalised weights of a strip
 //   SEG   channels side by side in one warp, for lines much shorter than it
@@ -22,7 +22,7 @@ struct Config {
   using A = Accumulator<T>;
   static constexpr int P = P_, K = K_, CW = CW_, SEG = SEG_;
   static constexpr int kWidth = 32 * P;
-  static constexpr int kPitch = kWidth + 4;      // keeps lanes that write down a column off each other's banks
+  static constexpr int kPitch = kWidth + 4;      // no bank conflicts between lanes that write a column
   static constexpr int kElements = K * P;        // of a tile, per lane
   static constexpr int kShare = kElements / CW;  // of a tile of weights, per lane
   static constexpr int kSegment = kWidth / SEG;  // positions of one channel
@@ -35,7 +35,7 @@ struct alignas(P * sizeof(A) < 16 ? P * sizeof(A) : 16) Pack {
   A v[P];
 };
 
-// One plane of a field in scan order: line i, position j stand at data + i * line + j * position. A plane spans less
+// One plane of a field in scan order: line i, position j is at data + i * line + j * position. A plane spans less
 // than 2^31 elements, a tensor may hold more.
 template <class T>
 struct Plane {
@@ -64,7 +64,7 @@ __device__ __forceinline__ int shared_channel(const Params& p, const Field& f, i
   return c / int(p.C / f.channels);
 }
 
-// Element `index` of a tile. Lanes follow each other along the rows of the image.
+// Element `index` of a tile; consecutive lanes are consecutive pixels of a row of the image.
 struct Place {
   int m, col;
 };
@@ -74,16 +74,16 @@ __device__ __forceinline__ Place place(bool horizontal, int index) {
   return {index / C::kWidth, index % C::kWidth};
 }
 
-// The lines of a tile and where its strip stands on them.
+// The lines of a tile, and the position of its strip on them.
 struct Window {
   int i0, count;  // lines [i0, i0 + count)
-  int j0;         // position of column 0; a strip may begin before the line and end behind it
+  int j0;         // position of column 0; a strip may begin before the line and end after it
   int length;
 };
 
-constexpr int kSaturation = -28;  // logits below saturate: three factors 1 + exp(28) still fit a float
+constexpr int kSaturation = -28;  // logits below are clamped: a product of three factors 1 + exp(28) fits a float
 
-// The ternary keeps NaN, fmax would drop it.
+// The ternary preserves NaN, fmax would not.
 template <class T, class A>
 __device__ __forceinline__ A exp_negative(A logit) {
   return exponential<T>(-(logit < A(kSaturation) ? A(kSaturation) : logit));
@@ -107,7 +107,7 @@ __device__ __forceinline__ A slope(A logit) {
   return logit < A(kSaturation) ? A(0) : e * reciprocal<T>(A(1) + e);
 }
 
-// Per-channel planes of the segments of a warp; one pointer where the warp serves one channel.
+// The planes of a warp's channels; a single one if it has one channel.
 template <class C, class T>
 struct Planes {
   Plane<T> plane[C::SEG];
@@ -129,10 +129,10 @@ struct Planes {
   __device__ __forceinline__ explicit operator bool() const { return plane[0].data != nullptr; }
 };
 
-// Which channels a warp serves.
+// The channels of a warp.
 template <class C>
 struct Channels {
-  int first;  // of x; the warp serves [first, first + SEG), less those from `end` on
+  int first;  // of x; the warp has [first, first + SEG), except channels from `end` on
   int end;
 
   __device__ __forceinline__ int of_segment(int s) const { return first + s < end ? first + s : end - 1; }
@@ -160,12 +160,12 @@ __device__ __forceinline__ bool inside(const Window& w, const Place& at) {
   return at.m < w.count && j >= 0 && j < w.length;
 }
 
-// One value per element of a tile, held by the lane that loaded it; every CW-th round of a shared one.
+// The elements of a tile that a lane loads, in its registers; warps that share a tile load every CW-th part each.
 template <class C, class V, int kCount>
 struct Fragment {
   V v[kCount];
 
-  // Elements outside the line keep what they had.
+  // Elements outside the line are not loaded.
   template <class T>
   __device__ __forceinline__ void load(const Planes<C, T>& from, const Window& w, bool horizontal, int step = 1,
                                        int first = 0) {
@@ -179,7 +179,7 @@ struct Fragment {
   }
 };
 
-// Asks for what the tile at `w` will load, once for every 32 bytes.
+// Prefetches the tile at `w`, once for every 32 bytes.
 template <class C, class T>
 __device__ __forceinline__ void prefetch_tile(const Planes<C, T>& from, const Window& w, bool horizontal) {
   constexpr int kStep = 32 / int(sizeof(T));
@@ -193,7 +193,7 @@ __device__ __forceinline__ void prefetch_tile(const Planes<C, T>& from, const Wi
   }
 }
 
-// The weights of a strip's tile. Row-stochastic ones are kept as a and c: b = 1 - a - c.
+// The weights of a strip's tile. Of row-stochastic weights only a and c are stored: b = 1 - a - c.
 template <class C>
 struct WeightTile {
   using A = typename C::A;
@@ -218,13 +218,13 @@ struct WeightLoader {
 #pragma unroll
     for (int k = 0; k < 3; ++k) planes[k] = channels.template planes<const T>(p, p.weights, scan, n, d, k);
   }
-  // The part of channel warp cw.
+  // Loads the part of channel warp cw.
   __device__ __forceinline__ void load(const Window& w, bool horizontal, int cw) {
 #pragma unroll
     for (int k = 0; k < 3; ++k) raw[k].load(planes[k], w, horizontal, C::CW, cw);
   }
-  // Normalises what was loaded into shared memory; given weights go as they are. A neighbour beyond the line's end
-  // weighs nothing, whatever stands there, and positions outside the line keep a state of zero.
+  // Normalises the loaded logits into shared memory; other weights are stored unchanged. Neighbours beyond the ends of
+  // the line get a weight of zero, whatever was loaded, and positions outside the line keep a state of zero.
   __device__ __forceinline__ void put(const WeightTile<C>& tile, const Window& w, bool horizontal, int cw) const {
     const int lane = opaque(threadIdx.x & 31);
 #pragma unroll
@@ -248,7 +248,7 @@ struct WeightLoader {
   }
 };
 
-// The product of a value and its gate, if there is one: lam x of the forward, u dy of the backward.
+// Loads the product of a value and its gate, if there is one: lam x in the forward pass, u dy in the backward pass.
 template <class C>
 struct GatedLoader {
   using T = typename C::T;
@@ -283,8 +283,8 @@ __device__ __forceinline__ Pack<typename C::A, C::P> row_of_lane(const typename 
 }
 
 // h'[j] = sum_k w_k[j] h[j+k] + f[j] on the lane's positions. Row-stochastic weights use the difference form,
-// h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. What a shuffle brings
-// in from outside a segment meets a weight of zero.
+// h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Values that a shuffle
+// brings in from another segment are multiplied by a weight of zero.
 template <class C>
 __device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<C>& weights, const typename C::A* input,
                                      int m, bool starts_chunk) {
@@ -327,7 +327,7 @@ __device__ __forceinline__ bool starts_chunk(const Params& p, int i) {
   return i == 0 || (p.chunk > 0 && i % int(p.chunk) == 0);
 }
 
-// Barrier among the warps that share a strip's weights: the whole block where there are several, else the warp.
+// Barrier among the warps that share a strip's weights: of the whole block if there are several, else of the warp.
 template <class C>
 __device__ __forceinline__ void share_barrier() {
   if constexpr (C::CW > 1)
@@ -337,13 +337,14 @@ __device__ __forceinline__ void share_barrier() {
 }
 
 // The strips of a line, and the exchange of their edges. Neighbouring strips overlap by 2 K columns. After an exchange
-// a strip is right everywhere; each line then spoils one more column from its edges, so it holds for K lines.
+// all columns of a strip are correct; each line then invalidates one more column at either edge, so that the columns
+// which the strip owns stay correct for K lines.
 template <class C>
 struct Strips {
   using A = typename C::A;
   static constexpr int kUseful = C::kWidth - 2 * C::K;
-  // Elements of one warp's buffer: [parity][side][K]. Two parities, so that a neighbour may already send the next
-  // edges while a slow warp still reads these.
+  // Elements of one warp's buffer: [parity][side][K], double-buffered, so that a neighbour may already send the
+  // next edges while a slow warp still reads these.
   static constexpr int kBuffer = 2 * 2 * C::K;
 
   int index, count;     // this strip, strips of a line
@@ -351,7 +352,7 @@ struct Strips {
   int channel_warp;
 
   __device__ __forceinline__ int first_position() const { return count > 1 ? index * kUseful - C::K : 0; }
-  // Columns whose results belong to this strip.
+  // Whether the strip owns a column, that is, stores its results.
   __device__ __forceinline__ bool owns(int col) const { return count == 1 || (col >= C::K && col < C::kWidth - C::K); }
 
   __device__ __forceinline__ A* buffer_of(A* all, int strip) const {
@@ -363,7 +364,7 @@ struct Strips {
 #pragma unroll
     for (int q = 0; q < C::P; ++q) {
       const int col = lane * C::P + q;
-      if (index > 0 && col >= C::K && col < 2 * C::K)  // my left edge is the right halo of the strip before
+      if (index > 0 && col >= C::K && col < 2 * C::K)  // the left edge is the right halo of the previous strip
         buffer_of(all, index - 1)[(parity * 2 + 1) * C::K + col - C::K] = h[q];
       if (index + 1 < count && col >= C::kWidth - 2 * C::K && col < C::kWidth - C::K)
         buffer_of(all, index + 1)[parity * 2 * C::K + col - (C::kWidth - 2 * C::K)] = h[q];

@@ -1,4 +1,4 @@
-// The kernels of one storage type: declared here, instantiated in a translation unit each.
+// The kernels of one storage type, each instantiated in its own translation unit.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// What one call of the line scan is given: sizes, strided fields, options. Knows neither torch nor Python.
+// The parameters of a call: sizes, strided fields, options. Independent of torch and Python.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // Numbered as in gspn_core.DIRECTIONS.
 enum class Direction { kLeftToRight, kRightToLeft, kTopToBottom, kBottomToTop };
 
-// A strided tensor of image planes. Strides are in elements, not bytes; a dimension the tensor lacks has stride 0.
+// A strided tensor of image planes. Strides are in elements, not bytes; missing dimensions have stride 0.
 struct Field {
   void* data = nullptr;
   int64_t channels = 0;  // x: C, weights: G, lam and u: C'; 0 when the field is absent
@@ -29,7 +29,7 @@ constexpr int kMaxDirections = 4;
 
 struct Params {
   Dtype dtype = Dtype::kFloat32;
-  bool stochastic = false;  // weights are logits, normalised by the kernel (propagate); else used as given (line_scan)
+  bool stochastic = false;  // weights are logits, normalised by the kernel (propagate); else used unchanged (line_scan)
   int64_t N = 0, C = 0, H = 0, W = 0;
   int D = 0;
   Direction directions[kMaxDirections] = {};
@@ -45,7 +45,7 @@ struct Params {
   Field dx, dweights, dlam, du;  // backward: outputs; an absent one is not computed
 };
 
-// The functions below are static: each instruction set's kernels must keep their own copy.
+// The functions below are static, so that the kernels of each instruction set have their own copy.
 
 // A direction over an H x W plane: `lines` steps over lines of `length` positions.
 struct Scan {
@@ -60,8 +60,8 @@ GSPN_HOST_DEVICE static inline Scan make_scan(const Params& p, int d) {
   return {horizontal, reversed, horizontal ? p.W : p.H, horizontal ? p.H : p.W};
 }
 
-// A checkpoint is the state that enters line interval, 2 * interval, ...; none is needed where every one of
-// these lines starts a chunk and so enters with zero.
+// Checkpoints are the states before lines interval, 2 * interval, ...; none is needed if each of these lines starts a
+// chunk, before which the state is zero.
 GSPN_HOST_DEVICE static inline int64_t checkpoint_lines(const Params& p, const Scan& scan) {
   if (scan.lines == 0 || (p.chunk > 0 && p.interval % p.chunk == 0)) return 0;
   return (scan.lines - 1) / p.interval;
