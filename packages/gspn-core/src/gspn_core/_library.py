@@ -3,14 +3,16 @@
     propagate(x, logits, lam, u, directions, chunk_size)  -> (y, checkpoints)
     line_scan(x, weights, lam, direction, chunk_size)     -> (h, checkpoints)
 
-and a backward for each that is an operator of its own. Directions are places in `DIRECTIONS`. `checkpoints` is empty
-unless `save_checkpoints` is set, which autograd does; it holds the state of the scan every few lines, and nothing
-that has a gradient. A line scan is the propagation of one direction with given weights, so the two share every body.
+and for each a backward that is an operator of its own. Directions are indices into `DIRECTIONS`. `checkpoints` holds
+the state of the scan every few lines if `save_checkpoints` is set, as autograd does, and is empty otherwise; it has no
+gradient. A line scan propagates along one direction with weights as they are, so one pair of bodies, `_forward` and
+`_backward`, serves both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,184 +41,113 @@ line_scan_backward = torch.ops.gspn.line_scan_backward.default
 _MaybeTensors = Sequence[Tensor | None]
 
 
-# ---- schema, fake and implementation: one body per operator, with and without running the kernel
+# ---- implementation and fake: one body, with and without running the kernel
 
 
-def _outputs(x: Tensor, directions: Sequence[int], chunk_size: int | None, save: bool) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if not save:
-        return y, x.new_empty(0)
-    n, c, h, w = x.shape
-    size = _backend.checkpoint_size(h, w, directions, chunk_size)
-    return y, x.new_empty((n, c, size), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _gradients(inputs: _MaybeTensors, mask: Sequence[bool]) -> list[Tensor | None]:
-    return [t.new_empty(t.shape) if t is not None and want else None for t, want in zip(inputs, mask, strict=True)]
-
-
-def _returned(gradients: _MaybeTensors, x: Tensor) -> tuple[Tensor, ...]:
-    # A schema has no optional outputs: what is not wanted is an empty tensor.
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
-
-
-def _propagate(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor | None,
-    u: Tensor | None,
-    directions: list[int],
+def _forward(
+    run: bool,
+    stochastic: bool,
+    tensors: _MaybeTensors,
+    directions: Sequence[int],
     chunk_size: int | None = None,
     save_checkpoints: bool = False,
-    *,
-    run: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check.check_propagate(x, logits, lam, u, directions, chunk_size)
-    y, checkpoints = _outputs(x, directions, chunk_size, save_checkpoints)
+    """Return the output and the checkpoints for `tensors`, which are x, weights (or logits), lam and u."""
+    x, weights, lam, u = _checked(stochastic, tensors, directions, chunk_size)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    checkpoints = x.new_empty(0)
+    if save_checkpoints:
+        size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
+        checkpoints = x.new_empty((*x.shape[:2], size), dtype=torch.promote_types(x.dtype, torch.float32))
     if run and _backend.has_kernels(x):
-        kernels = _backend.Kernels(x, True, directions, chunk_size)
-        kernels.forward(x, logits, lam, u, y, checkpoints if save_checkpoints else None)
+        kernels = _backend.Kernels(x, stochastic, directions, chunk_size)
+        kernels.forward(x, weights, lam, u, y, checkpoints if save_checkpoints else None)
     elif run:
-        _fallback.forward(y, x, logits, lam, u, directions, chunk_size)
+        _fallback.forward(y, x, weights, lam, u, directions, chunk_size)
     return y, checkpoints
 
 
-def _line_scan(
-    x: Tensor,
-    weights: Tensor,
-    lam: Tensor | None,
-    direction: int,
-    chunk_size: int | None = None,
-    save_checkpoints: bool = False,
-    *,
+def _backward(
     run: bool,
-) -> tuple[Tensor, Tensor]:
-    _check.check_line_scan(x, weights, lam, direction, chunk_size)
-    h, checkpoints = _outputs(x, [direction], chunk_size, save_checkpoints)
-    if run and _backend.has_kernels(x):
-        kernels = _backend.Kernels(x, False, [direction], chunk_size)
-        kernels.forward(x, weights, lam, None, h, checkpoints if save_checkpoints else None)
-    elif run:
-        _fallback.forward(h, x, weights, lam, None, [direction], chunk_size)
-    return h, checkpoints
-
-
-def _propagate_backward(
+    stochastic: bool,
     dy: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor | None,
-    u: Tensor | None,
+    tensors: _MaybeTensors,
     checkpoints: Tensor,
-    directions: list[int],
+    directions: Sequence[int],
     chunk_size: int | None,
-    mask: list[bool],
-    *,
-    run: bool,
+    mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    _check.check_propagate(x, logits, lam, u, directions, chunk_size)
-    _check.check_gradient(dy, x, "dy")
-    gradients = _gradients((x, logits, lam, u), mask)
+    """Return a gradient for each entry of the mask: an empty tensor if it is not wanted, for a schema has no None."""
+    x, weights, lam, u = _checked(stochastic, tensors, directions, chunk_size)
+    _check.check_gradient(dy, x, "dy" if stochastic else "dh")
+    wanted = [*mask, False][:4]
+    gradients = [t.new_empty(t.shape) if t is not None and w else None for t, w in zip(tensors, wanted, strict=True)]
     if run and _backend.has_kernels(x):
-        if mask[1] or mask[3]:
+        if wanted[1] or wanted[3]:
             size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
             _check.check_checkpoints(checkpoints, x, size)
-        kernels = _backend.Kernels(x, True, directions, chunk_size)
-        kernels.backward(dy, x, logits, lam, u, checkpoints, gradients)
+        kernels = _backend.Kernels(x, stochastic, directions, chunk_size)
+        kernels.backward(dy, x, weights, lam, u, checkpoints, gradients)
     elif run:
-        _fallback.backward(gradients, dy, x, logits, lam, u, directions, chunk_size)
-    return _returned(gradients, x)
+        _fallback.backward(gradients, dy, x, weights, lam, u, directions, chunk_size)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients[: len(mask)])
 
 
-def _line_scan_backward(
-    dh: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    lam: Tensor | None,
-    checkpoints: Tensor,
-    direction: int,
-    chunk_size: int | None,
-    mask: list[bool],
-    *,
-    run: bool,
-) -> tuple[Tensor, ...]:
-    _check.check_line_scan(x, weights, lam, direction, chunk_size)
-    _check.check_gradient(dh, x, "dh")
-    gradients = _gradients((x, weights, lam), mask)
-    if run and _backend.has_kernels(x):
-        if mask[1]:
-            size = _backend.checkpoint_size(x.shape[2], x.shape[3], [direction], chunk_size)
-            _check.check_checkpoints(checkpoints, x, size)
-        kernels = _backend.Kernels(x, False, [direction], chunk_size)
-        kernels.backward(dh, x, weights, lam, None, checkpoints, (*gradients, None))
-    elif run:
-        _fallback.backward((*gradients, None), dh, x, weights, lam, None, [direction], chunk_size)
-    return _returned(gradients, x)
+def _checked(
+    stochastic: bool, tensors: _MaybeTensors, directions: Sequence[int], chunk_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x, weights, lam, u = tensors
+    assert x is not None and weights is not None
+    if stochastic:
+        _check.check_propagate(x, weights, lam, u, directions, chunk_size)
+    else:
+        _check.check_line_scan(x, weights, lam, directions[0], chunk_size)
+    return x, weights, lam, u
+
+
+def _register_implementation(name: str, body: Callable[..., Any]) -> None:
+    """Register body(run, *args), which runs the kernel or, for torch.compile and export, only allocates the outputs."""
+    library.impl(name, partial(body, True), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gspn::{name}", partial(body, False), lib=library)
 
 
 def _name_of(op: Any) -> str:
     return str(op._schema.name).removeprefix("gspn::")
 
 
-def _register_implementation(name: str, body: Callable[..., Any]) -> None:
-    def implementation(*args: Any) -> Any:
-        return body(*args, run=True)
-
-    def fake(*args: Any) -> Any:
-        return body(*args, run=False)
-
-    library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gspn::{name}", fake, lib=library)
+# ---- autograd. Per call, a Function on the dispatch key takes a third of the time of torch.library.register_autograd.
 
 
-# ---- autograd. A Function on the dispatch key costs a third of torch.library.register_autograd per call.
+class _Differentiable(torch.autograd.Function):
+    """An operator and its backward, on `count` tensors; then come direction(s) and chunk size, whether to save."""
 
-
-class _Propagate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Tensor, lam: Tensor | None, u: Tensor | None, *options: Any) -> Any:
+    def forward(ctx: Any, op: Any, backward_op: Any, count: int, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            output = propagate(x, logits, lam, u, *options)
-        ctx.options = options[:2]
-        ctx.save_for_backward(x, logits, lam, u, output[1])
+            output = op(*args)
+        ctx.backward_op, ctx.count, ctx.options = backward_op, count, args[count : count + 2]
+        ctx.save_for_backward(*args[:count], output[1])
         ctx.mark_non_differentiable(output[1])
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-        needed = ctx.needs_input_grad[:4]
-        gradients = propagate_backward(dy, *ctx.saved_tensors, *ctx.options, needed)
-        return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
+        needed = ctx.needs_input_grad[3 : 3 + ctx.count]
+        gradients = ctx.backward_op(dy, *ctx.saved_tensors, *ctx.options, needed)
+        wanted = (g if need else None for g, need in zip(gradients, needed, strict=True))
+        return None, None, None, *wanted, None, None, None
 
 
-class _LineScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, lam: Tensor | None, *options: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = line_scan(x, weights, lam, *options)
-        ctx.options = options[:2]
-        ctx.save_for_backward(x, weights, lam, output[1])
-        ctx.mark_non_differentiable(output[1])
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor, _: Any) -> Any:
-        needed = ctx.needs_input_grad[:3]
-        gradients = line_scan_backward(dh, *ctx.saved_tensors, *ctx.options, needed)
-        return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
-
-
-def _register_autograd(op: Any, function: type[torch.autograd.Function], needs_states: Sequence[int]) -> None:
-    """Differentiate op by function; the states are saved where one of the arguments at these places has a gradient."""
-    tensors = 4 if op is propagate else 3
+def _register_autograd(op: Any, backward_op: Any, count: int) -> None:
+    """Differentiate op, of `count` tensors, by backward_op; save states if weights or output gate need a gradient."""
 
     def autograd(keys: Any, *args: Any) -> Any:
         if torch.is_grad_enabled():
-            needed = [t is not None and t.requires_grad for t in args[:tensors]]
+            needed = [t is not None and t.requires_grad for t in args[:count]]
             if True in needed:
-                options = (*args[tensors:], None, False)[:2]  # the dispatcher drops trailing defaults
-                save = args[-1] is True or any(needed[i] for i in needs_states)
-                return function.apply(*args[:tensors], *options, save)
+                options = (*args[count:], None, False)[:2]  # the dispatcher drops trailing defaults
+                save = args[-1] is True or any(needed[1::2])
+                return _Differentiable.apply(op, backward_op, count, *args[:count], *options, save)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     library.impl(_name_of(op), autograd, "Autograd", with_keyset=True)
@@ -247,7 +178,7 @@ def _register_once_differentiable(op: Any) -> None:
     library.impl(_name_of(op), autograd, "Autograd")
 
 
-# ---- autocast: to the lower precision, as for convolutions; the state stays in float32
+# ---- autocast to the lower precision, as for convolutions; the state stays in float32
 
 
 def _register_autocast(op: Any, device_type: str, key: str) -> None:
@@ -265,7 +196,7 @@ def _register_autocast(op: Any, device_type: str, key: str) -> None:
     library.impl(_name_of(op), autocast, key)
 
 
-# ---- vmap: the mapped dimension joins the batch
+# ---- vmap: the mapped dimension is merged into the batch
 
 
 def _register_vmap(op: Any) -> None:
@@ -279,7 +210,7 @@ def _register_vmap(op: Any) -> None:
             return t.flatten(0, 1)
 
         outputs = op(*(join(a, dim) for a, dim in zip(args, in_dims, strict=True)))
-        # An output that was not wanted is empty and has no batch; give it one.
+        # An output that is not wanted is empty, without a batch dimension.
         return tuple(o.unflatten(0, (size, -1)) if o.dim() > 1 else o.new_empty((size, 0)) for o in outputs), (
             0,
         ) * len(outputs)  # type: ignore[return-value]
@@ -287,15 +218,24 @@ def _register_vmap(op: Any) -> None:
     torch.library.register_vmap(op, vmap, lib=library)
 
 
-for _name, _body in (
-    ("propagate", _propagate),
-    ("propagate_backward", _propagate_backward),
-    ("line_scan", _line_scan),
-    ("line_scan_backward", _line_scan_backward),
-):
-    _register_implementation(_name, _body)
-_register_autograd(propagate, _Propagate, (1, 3))
-_register_autograd(line_scan, _LineScan, (1,))
+# From each schema to the bodies: x, weights, lam and u as a tuple, and directions as a list.
+_register_implementation("propagate", lambda run, x, w, lam, u, *rest: _forward(run, True, (x, w, lam, u), *rest))
+_register_implementation(
+    "line_scan",
+    lambda run, x, w, lam, direction, *rest: _forward(run, False, (x, w, lam, None), [direction], *rest),
+)
+_register_implementation(
+    "propagate_backward",
+    lambda run, dy, x, w, lam, u, *rest: _backward(run, True, dy, (x, w, lam, u), *rest),
+)
+_register_implementation(
+    "line_scan_backward",
+    lambda run, dh, x, w, lam, saved, direction, *rest: _backward(
+        run, False, dh, (x, w, lam, None), saved, [direction], *rest
+    ),
+)
+_register_autograd(propagate, propagate_backward, 4)
+_register_autograd(line_scan, line_scan_backward, 3)
 _register_once_differentiable(propagate_backward)
 _register_once_differentiable(line_scan_backward)
 for _op in (propagate, propagate_backward, line_scan, line_scan_backward):

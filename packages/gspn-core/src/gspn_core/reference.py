@@ -1,4 +1,4 @@
-"""The line scan as a plain PyTorch loop: the oracle every kernel is tested against.
+"""The line scan as a plain PyTorch loop, which every kernel is tested against.
 
 It runs on any device, is differentiable by autograd, and reads as the equation. Shapes use the letters
 N batch, C channels, H rows, W columns, D directions, G weight groups.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 DIRECTIONS = ("left_to_right", "right_to_left", "top_to_bottom", "bottom_to_top")
 
-SATURATION = -28.0  # logits below give the weight of this one
+SATURATION = -28.0  # logits are clamped to this minimum
 
 
 def to_scan_order(t: Tensor, direction: str) -> Tensor:
@@ -47,19 +47,19 @@ def line_scan(
     """h[i, j] = sum_k w_k[i, j] h[i-1, j+k] + lam[i, j] x[i, j], with h[i-1] = 0 where i % chunk_size == 0."""
     dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 and float16 carry their state in float32
     channels = x.shape[1]
-    u = to_scan_order(x.to(dtype), direction)
+    gated = to_scan_order(x.to(dtype), direction)  # lam x
     if lam is not None:
-        u = u * to_scan_order(spread(lam.to(dtype), channels, 1), direction)
+        gated = gated * to_scan_order(spread(lam.to(dtype), channels, 1), direction)
     w = to_scan_order(spread(weights.to(dtype), channels, 1), direction)  # (N, C, 3, lines, positions)
     h: list[Tensor] = []
-    for i, (u_i, w_i) in enumerate(zip(u.unbind(2), w.unbind(3), strict=True)):
-        if i % (chunk_size or u.shape[2]) == 0:
-            h.append(u_i)
+    for i, (gated_i, w_i) in enumerate(zip(gated.unbind(2), w.unbind(3), strict=True)):
+        if i % (chunk_size or gated.shape[2]) == 0:
+            h.append(gated_i)
         else:
             a, b, c = w_i.unbind(2)
             left, right = F.pad(h[-1][..., :-1], (1, 0)), F.pad(h[-1][..., 1:], (0, 1))  # h[i-1, j-1], h[i-1, j+1]
-            h.append(a * left + b * h[-1] + c * right + u_i)
-    return from_scan_order(torch.stack(h, dim=2) if h else u, direction).to(x.dtype)
+            h.append(a * left + b * h[-1] + c * right + gated_i)
+    return from_scan_order(torch.stack(h, dim=2) if h else gated, direction).to(x.dtype)
 
 
 def propagate(
