@@ -20,6 +20,11 @@ installs; GSPN_CUDA_ARCHITECTURES (default: that of the GPU) and whatever else t
 HELP
 }
 
+refuse() {
+  echo "gpu.sh: $1" >&2
+  exit 2
+}
+
 dry_run=false
 budget=540
 while (($#)); do
@@ -27,11 +32,11 @@ while (($#)); do
     --dry-run) dry_run=true ;;
     --budget)
       budget=${2:-}
-      [[ $budget =~ ^[1-9][0-9]*$ ]] || { echo "gpu.sh: --budget takes a whole number of seconds, got '$budget'" >&2; exit 2; }
+      [[ $budget =~ ^[1-9][0-9]*$ ]] || refuse "--budget takes a whole number of seconds, got '$budget'"
       shift
       ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "gpu.sh: unknown option '$1', see --help" >&2; exit 2 ;;
+    *) refuse "unknown option '$1', see --help" ;;
   esac
   shift
 done
@@ -72,9 +77,11 @@ step() {
   return 1
 }
 
-not_run() {
-  summary+=("$1: not run, $2")
+# finish: the summary; after abandon REASON, with the steps that were left.
+abandon() {
+  summary+=("GPU tests: not run, $1" "benchmark: not run, $1")
   status=1
+  finish
 }
 
 finish() {
@@ -83,47 +90,30 @@ finish() {
   exit "$status"
 }
 
-report() { # JSON, FOLDER
-  local stem
-  stem=$2/$(basename "$1" .json)
-  step "table" 30 "$python" "$benchmarks/report.py" "$1" --table "$stem.md" || return 0
-  if "$python" -c 'import matplotlib' 2>/dev/null; then
-    step "plot" 60 "$python" "$benchmarks/report.py" "$1" --plot "$stem.png" || return 0
-  else
-    summary+=("plot: not run, matplotlib is not installed")
-  fi
+report() { # JSON: makes a table and a plot beside it
+  local report=("$python" -m gspn_core.bench.report "$1")
+  step "table" 30 "${report[@]}" --table "${1%.json}.md" || return 0
+  "$python" -c 'import matplotlib' 2>/dev/null || { summary+=("plot: not run, matplotlib is not installed"); return 0; }
+  step "plot" 60 "${report[@]}" --plot "${1%.json}.png" || return 0
 }
 
 if $dry_run; then
-  if command -v nvcc >/dev/null; then
-    for architecture in sm_80 sm_90; do
-      step "line_launch.cu for $architecture" 120 nvcc -O3 -std=c++17 -Werror all-warnings "-arch=$architecture" -shared \
-        -Xcompiler -fPIC -o "$work/line_launch.so" "$benchmarks/line_launch.cu" || true
-    done
-  else
-    summary+=("line_launch.cu: not run, nvcc is not on PATH")
-  fi
-  if step "gpu.py on the CPU" 240 "$python" "$benchmarks/gpu.py" --device cpu --quick --out "$work/trial.json"; then
-    report "$work/trial.json" "$work"
-    if [[ -f $work/trial.md ]]; then head -20 "$work/trial.md"; fi
-  fi
-  if [[ -n ${OUT:-} ]]; then
-    for file in "$work"/trial.*; do
-      if [[ -f $file ]]; then cp "$file" "$OUT/"; fi
-    done
+  for architecture in sm_80 sm_90; do
+    command -v nvcc >/dev/null || { summary+=("line_launch.cu: not run, nvcc is not on PATH"); break; }
+    step "line_launch.cu for $architecture" 120 nvcc -O3 -std=c++17 -Werror all-warnings "-arch=$architecture" -shared \
+      -Xcompiler -fPIC -o "$work/line_launch.so" "$benchmarks/line_launch.cu" || true
+  done
+  gpu_py=("$python" "$benchmarks/gpu.py" --device cpu --quick --progress)
+  if step "gpu.py on the CPU" 240 "${gpu_py[@]}" --out "$work/trial.json"; then
+    report "$work/trial.json"
+    if [[ -n ${OUT:-} ]]; then cp "$work"/trial.* "$OUT/"; fi
   fi
   finish
 fi
 
-gpu=$("$python" -c 'import torch
-print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || {
-  echo "gpu.sh: $python cannot import torch; name another Python in PYTHON" >&2
-  exit 2
-}
-if [[ -z $gpu ]]; then
-  echo "gpu.sh: torch finds no GPU; --dry-run tries what needs none" >&2
-  exit 2
-fi
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') ||
+  refuse "$python cannot import torch; name another Python in PYTHON"
+[[ -n $gpu ]] || refuse "torch finds no GPU; --dry-run tries what needs none"
 echo "== $gpu"
 
 missing=()
@@ -133,10 +123,8 @@ done
 for tool in nvcc cmake; do
   command -v "$tool" >/dev/null || { [[ $tool == cmake ]] && "$python" -c 'import cmake' 2>/dev/null; } || missing+=("$tool")
 done
-if ((${#missing[@]})); then
-  echo "gpu.sh: missing: ${missing[*]}. The build takes no package index; install them for $python first." >&2
-  exit 2
-fi
+((${#missing[@]} == 0)) ||
+  refuse "missing: ${missing[*]}. The build takes no package index; install them for $python first."
 
 export GSPN_CUDA=${GSPN_CUDA:-on}
 if [[ -z ${GSPN_CUDA_ARCHITECTURES:-} ]]; then
@@ -144,13 +132,8 @@ if [[ -z ${GSPN_CUDA_ARCHITECTURES:-} ]]; then
   GSPN_CUDA_ARCHITECTURES=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
   export GSPN_CUDA_ARCHITECTURES
 fi
-CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
-export CMAKE_BUILD_PARALLEL_LEVEL
-if ! step "build" 300 "$python" -m pip install --no-build-isolation --no-deps "$package"; then
-  not_run "GPU tests" "there is no build"
-  not_run "benchmark" "there is no build"
-  finish
-fi
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+step "build" 300 "$python" -m pip install --no-build-isolation --no-deps "$package" || abandon "there is no build"
 # pip does not make Python look where PIP_TARGET and PIP_PREFIX have it install.
 if [[ -n ${PIP_TARGET:-} ]]; then
   export PYTHONPATH=$PIP_TARGET${PYTHONPATH:+:$PYTHONPATH}
@@ -162,14 +145,10 @@ fi
 
 # Without kernels every test would be skipped, and that is no success.
 cd "$work"
-if ! step "CUDA kernels" 60 "$python" -c 'import gspn_core
+step "CUDA kernels" 60 "$python" -c 'import gspn_core
 cuda = gspn_core.info()["cuda"]
 print(gspn_core.__file__, cuda)
-raise SystemExit(0 if cuda["compiled"] else 1)'; then
-  not_run "GPU tests" "gspn_core has no CUDA kernels"
-  not_run "benchmark" "gspn_core has no CUDA kernels"
-  finish
-fi
+raise SystemExit(0 if cuda["compiled"] else 1)' || abandon "gspn_core has no CUDA kernels"
 
 # Tests get 45% of what is left and skip, with the reason, those whose turn comes too late; the benchmark gets the rest.
 tests_s=$(($(left) * 45 / 100))
@@ -183,13 +162,11 @@ skipped=$(grep -c 'GSPN_TEST_SECONDS' "$log" 2>/dev/null) || skipped=0
 
 mkdir -p "$results"
 outs=(--out "$results")
-[[ -n ${OUT:-} ]] && outs+=(--out "$OUT")
+[[ -n ${OUT:-} ]] && outs+=("$OUT")
 touch "$work/before"
 grace=25 # for the case in hand, the table and the plot
-step "benchmark" $(($(left) - 15)) "$python" "$benchmarks/gpu.py" --budget $(($(left) - 15 - grace)) "${outs[@]}" || true
-for folder in "$results" ${OUT:+"$OUT"}; do
-  for file in "$folder"/*.json; do
-    if [[ -f $file && $file -nt $work/before ]]; then report "$file" "$folder"; fi
-  done
-done
+gpu_py=("$python" "$benchmarks/gpu.py" --progress --budget $(($(left) - 15 - grace)))
+step "benchmark" $(($(left) - 15)) "${gpu_py[@]}" "${outs[@]}" || true
+find "$results" ${OUT:+"$OUT"} -maxdepth 1 -name '*.json' -newer "$work/before" >"$work/written"
+while IFS= read -r file; do report "$file"; done <"$work/written"
 finish

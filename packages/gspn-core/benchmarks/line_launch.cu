@@ -1,6 +1,6 @@
-// What gpu.py compares against: the scan as GSPN's paper (arXiv 2501.12381) describes its kernel, one launch per line
+// What gpu.py compares with: the scan as GSPN's paper (arXiv 2501.12381) describes its kernel, one launch per line
 // and one thread per position and channel, with the state read from and written to global memory. Written from that
-// description; nothing else uses it. gpu.py builds it and calls it through ctypes.
+// description, for comparison only. rivals.py builds it and calls it through ctypes.
 //
 //   h[i, j] = a h[i-1, j-1] + b h[i-1, j] + c h[i-1, j+1] + lam x[i, j]
 //
@@ -21,7 +21,7 @@ __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162floa
 __device__ __forceinline__ void narrow(float v, float& out) { out = v; }
 __device__ __forceinline__ void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
 
-// Where line i of a direction and position j on it stand in an image: (0 left_to_right, 1 right_to_left,
+// Where line i and position j of a direction are in an image. Directions: (0 left_to_right, 1 right_to_left,
 // 2 top_to_bottom, 3 bottom_to_top).
 struct Geometry {
   int64_t planes, pixels, lines, length, line_stride, position_stride, origin;
@@ -57,7 +57,7 @@ __global__ void forward_line(Geometry g, int64_t line, const T* x, const T* weig
   narrow(state, h[at]);
 }
 
-// gradient holds two lines of (P, length), by the parity of the line: what flows into h, dh included.
+// gradient holds two lines of (P, length), by the parity of the line: the gradient of h, dh included.
 template <class T>
 __global__ void backward_line(Geometry g, int64_t line, const T* x, const T* weights, const T* lam, const T* h,
                               const T* dh, T* dx, T* dweights, T* dlam, float* gradient) {

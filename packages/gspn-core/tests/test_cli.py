@@ -1,19 +1,22 @@
-"""The command line: options, output, and the benchmark's refusal to report wrong kernels."""
+"""The command line: options, output, exit statuses."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from gspn_core import _backend, bench, cli, info
+from gspn_core import _backend, _command, cli, info
 
+BENCH = {"--help", "--threads", "--quick", "--repeats", "--filter", "--list", "--json", "--out"}
 OPTIONS = {
     (): {"--help", "--version"},
     ("info",): {"--help", "--json"},
-    ("bench",): {"--help", "--json", "--quick", "--threads", "--repeats", "--filter"},
+    ("bench",): BENCH | {"--progress", "--no-progress"},
 }
-ROW = {"name", "shape", "unit", "ours", "versus", "other", "ratio", "ratio_of", "target", "met"}
 
 
 @pytest.mark.parametrize("command", OPTIONS, ids=lambda command: " ".join(command) or "gspn-core")
@@ -36,82 +39,6 @@ def test_info_as_a_table_names_every_value(capsys, monkeypatch):
     assert lines == [["a.b", "yes"], ["a.c", "none"], ["a.d", "none"], ["threads", "1"]]
 
 
-def test_bench_writes_rows_device_versions_and_date(capsys):
-    threads = torch.get_num_threads()
-    assert cli.main(["bench", "--quick", "--threads", "1", "--json", "-"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"date", "device", "info", "settings", "rows"}
-    assert result["info"]["threads"] == 1
-    assert torch.get_num_threads() == threads
-    assert result["settings"]["repeats"] == bench.QUICK.repeats
-    names = [row["name"] for row in result["rows"]]
-    assert len(set(names)) == len(names) == 22
-    for row in result["rows"]:
-        assert set(row) == ROW
-        assert row["ours"] > 0
-        assert row["other"] > 0
-        assert row["ratio"] in (
-            pytest.approx(row["ours"] / row["other"]),
-            pytest.approx(row["other"] / row["ours"]),
-        )
-        assert row["target"] is None
-        assert row["met"] is None
-
-
-def test_bench_prints_a_table_and_writes_a_file(capsys, tmp_path):
-    file = tmp_path / "result.json"
-    assert cli.main(["bench", "--quick", "--filter", "saved memory", "--json", str(file)]) == 0
-    (row,) = json.loads(file.read_text())["rows"]
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3  # header, row, device and versions
-    assert row["name"] in lines[1]
-    assert row["ratio"] <= 1
-
-
-def test_targets_are_compared_with_the_full_sizes_only():
-    row = bench.Row(
-        name="n", shape="s", unit="ms", ours=1, versus="v", other=9, ratio=9, ratio_of="other/ours",
-        target=bench.Target(of="ratio", comparison=">=", value=10),
-    )  # fmt: skip
-    assert row.as_dict()["met"] is False
-    assert row.as_dict()["target"] == {"of": "ratio", "comparison": ">=", "value": 10}
-    assert bench.Target(of="ours", comparison="<=", value=1).met_by(row)
-    assert bench.Settings().targets
-    assert not bench.QUICK.targets
-
-
-@pytest.mark.parametrize("case", [case.name for case in bench.CASES])
-def test_wrong_kernels_get_no_figures(case, capsys, monkeypatch):
-    forward = _backend.Kernels.forward
-
-    def wrong(self, x, weights, lam, u, y, checkpoints):
-        forward(self, x, weights, lam, u, y, checkpoints)
-        y.select(-1, -1).add_(1e-3 * y.abs().max() + 1e-3)
-
-    monkeypatch.setattr(_backend.Kernels, "forward", wrong)
-    assert cli.main(["bench", "--quick", "--filter", case, "--json", "-"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "no figures are reported" in captured.err
-
-
-def test_wrong_gradients_get_no_figures(capsys, monkeypatch):
-    backward = _backend.Kernels.backward
-
-    def wrong(self, *args):
-        backward(self, *args)
-        args[-1][1].mul_(1.001)
-
-    monkeypatch.setattr(_backend.Kernels, "backward", wrong)
-    assert cli.main(["bench", "--quick", "--filter", "forward+backward"]) == 1
-    assert capsys.readouterr().out == ""
-
-
-def test_a_result_that_is_not_a_number_is_a_disagreement():
-    with pytest.raises(bench.DisagreementError, match="off the reference's by nan"):
-        bench._require_agreement("case", [torch.tensor([torch.nan])], [torch.ones(1)])
-
-
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -119,11 +46,14 @@ def test_a_result_that_is_not_a_number_is_a_disagreement():
         (["measure"], "invalid choice: 'measure'"),
         (["bench", "--threads", "0"], "argument --threads: must be an integer of at least 1, got '0'"),
         (["bench", "--repeats", "many"], "argument --repeats: must be an integer of at least 1, got 'many'"),
-        (["bench", "--filter", "no such case"], "no case contains 'no such case'; there are 'line_scan forward"),
-        (["bench", "--json", "no/such/folder/f.json"], "--json must name a file in an existing folder, or be -"),
+        (["bench", "--filter", "no such case"], "no case contains 'no such case'; --list shows them"),
+        (["bench", "--out", "no/such/folder/f.json"], "--out must name a file in an existing folder, got"),
+        (["bench", "--thread", "2"], "unrecognized arguments: --thread 2; did you mean --threads?"),
+        (["info", "--jsno"], "unrecognized arguments: --jsno; did you mean --json?"),
+        (["bench", "--json", "file"], "unrecognized arguments: file"),
     ],
 )
-def test_user_errors_take_one_line_and_exit_with_2(argv, message, capsys):
+def test_wrong_calls_take_one_line_and_exit_with_2(argv, message, capsys):
     try:
         code = cli.main(argv)
     except SystemExit as exit_:
@@ -139,3 +69,40 @@ def test_bench_needs_compiled_kernels(capsys, monkeypatch):
     monkeypatch.setattr(_backend, "extension", lambda: ImportError("not built"))
     assert cli.main(["bench"]) == 2
     assert "there are no compiled kernels to measure: not built" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (OSError(28, "No space left on device"), 1, "OSError: [Errno 28] No space left on device"),
+        (MemoryError(), 1, "MemoryError: "),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_failures_and_interrupts_take_one_line(error, status, message, capsys):
+    def fail():
+        raise error
+
+    assert _command.guarded("program", fail) == status
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_as_a_module_a_closed_output_and_an_interrupt():
+    """`python -m gspn_core` is `gspn-core`; nobody reading its output, or Ctrl-C, gives no traceback."""
+    command = [sys.executable, "-m", "gspn_core"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, "info", "--json"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    program = subprocess.Popen(
+        [*command, "bench", "--progress"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not program.stderr.read(1):
+        pass
+    program.send_signal(signal.SIGINT)
+    output, errors = program.communicate(timeout=60)
+    assert (program.returncode, output) == (130, "")
+    assert "interrupted" in errors and "Traceback" not in errors

@@ -1,4 +1,4 @@
-"""Which kernels serve a device: finds the extension once and hands it pointers, sizes and strides."""
+"""Loads the compiled extension once, and calls its kernels with pointers, sizes and strides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DTYPE_NAMES = {
 
 @cache
 def extension() -> ModuleType | ImportError:
-    """Return the compiled module, or the error that kept it from loading."""
+    """Return the compiled module, or the error that importing it raised."""
     try:
         module = importlib.import_module("gspn_core._C")
     except ImportError as error:
@@ -53,7 +53,7 @@ def _warn_once(device_type: str) -> None:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Tell whether compiled kernels serve the device of x; where they do not, warn once that the reference does."""
+    """Tell whether there are compiled kernels for the device of x; warn once if the reference runs instead."""
     module = extension()
     if isinstance(module, ModuleType) and (x.is_cpu or (x.is_cuda and hasattr(module, "cuda_forward"))):
         return True
@@ -62,7 +62,7 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def checkpoint_size(height: int, width: int, directions: Sequence[int], chunk_size: int | None) -> int:
-    """Elements of state kept per image and channel: one line in every `CHECKPOINT_INTERVAL`, for each direction."""
+    """Return the elements of saved state per image and channel: every 16th line of each direction."""
     if chunk_size is not None and CHECKPOINT_INTERVAL % chunk_size == 0:
         return 0  # every checkpointed line would start a chunk, where the state is zero
     size = 0
@@ -81,14 +81,14 @@ def _arg(t: Tensor | None) -> _TensorArg | None:
 
 @lru_cache(maxsize=128)
 def _call(dtype: torch.dtype, stochastic: bool, directions: tuple[int, ...], chunk_size: int, threads: int) -> Any:
-    """The options of a call as the extension takes them, made once: every call comes through here."""
+    """Return the extension's object of a call's options, cached because every call needs one."""
     module = extension()
     assert isinstance(module, ModuleType)
     return module.Call(_DTYPE_NAMES[dtype], stochastic, directions, chunk_size, CHECKPOINT_INTERVAL, threads)
 
 
 class Kernels:
-    """The compiled kernels on one call's options and the device and dtype of x. Arguments are checked by the caller."""
+    """Binds the kernels to one call's options, device and dtype. The caller checks the arguments."""
 
     __slots__ = ("_backward", "_forward", "_launch")
 
@@ -106,7 +106,7 @@ class Kernels:
     def forward(
         self, x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, y: Tensor, checkpoints: Tensor | None
     ) -> None:
-        """Fill y, and the checkpoints where they are wanted."""
+        """Write y, and the checkpoints unless they are None."""
         pointer = 0 if checkpoints is None else checkpoints.data_ptr()
         self._forward(*self._launch, _arg(x), _arg(weights), _arg(lam), _arg(u), _arg(y), pointer)
 
@@ -120,7 +120,7 @@ class Kernels:
         checkpoints: Tensor,
         gradients: Sequence[Tensor | None],
     ) -> None:
-        """Fill those of the gradients of x, weights, lam and u that are given."""
+        """Write the gradients of x, weights, lam and u, those that are not None."""
         self._backward(
             *self._launch,
             _arg(dy),
@@ -134,7 +134,7 @@ class Kernels:
 
 
 def _cuda_launch(module: ModuleType, device: torch.device) -> Any:
-    """Where a call runs on a GPU: its device and current stream, and torch as the source of scratch memory."""
+    """Return the device, the current stream and an allocator of scratch memory for a call on a GPU."""
 
     def allocate(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)

@@ -24,14 +24,14 @@ def check_tensors(names: str, *arguments: object, optional: int = 0) -> None:
 
 
 def direction_index(direction: str, argument: str = "direction") -> int:
-    """Return the number by which the operators call a direction."""
+    """Return the index of a direction, which the operators take."""
     if direction not in DIRECTIONS:
         raise ValueError(f"{argument} must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     return DIRECTIONS.index(direction)
 
 
 def direction_indices(directions: Sequence[str]) -> list[int]:
-    """Return the numbers of the directions."""
+    """Return the indices of the directions."""
     if directions is DIRECTIONS:
         return [0, 1, 2, 3]
     if isinstance(directions, str):
@@ -40,7 +40,7 @@ def direction_indices(directions: Sequence[str]) -> list[int]:
 
 
 def distinct_directions(directions: Sequence[str]) -> list[int]:
-    """Return the numbers of one to four different directions, or raise ValueError."""
+    """Return the indices of one to four different directions, or raise ValueError."""
     indices = direction_indices(directions)
     _check_distinct(indices)
     return indices
@@ -48,7 +48,7 @@ def distinct_directions(directions: Sequence[str]) -> list[int]:
 
 def _check_distinct(directions: Sequence[int]) -> None:
     if directions == [0, 1, 2, 3]:
-        return  # at once: this runs in every call
+        return  # the common case, fast because every call checks it
     count = len(directions)
     if not 1 <= count <= 4 or len(set(directions)) != count or not all(0 <= d < 4 for d in directions):
         names = [DIRECTIONS[d] if 0 <= d < 4 else d for d in directions]
@@ -58,7 +58,7 @@ def _check_distinct(directions: Sequence[int]) -> None:
 def check_propagate(
     x: Tensor, logits: Tensor, lam: Tensor | None, u: Tensor | None, directions: Sequence[int], chunk_size: int | None
 ) -> None:
-    """Raise ValueError or TypeError unless these are arguments of `propagate` (directions as numbers)."""
+    """Raise ValueError or TypeError unless these are arguments of `propagate` (directions as indices)."""
     _check_distinct(directions)
     count = len(directions)
     _check_image(x)
@@ -75,9 +75,9 @@ def check_propagate(
 
 
 def check_line_scan(x: Tensor, weights: Tensor, lam: Tensor | None, direction: int, chunk_size: int | None) -> None:
-    """Raise ValueError or TypeError unless these are arguments of `line_scan` (the direction as a number)."""
+    """Raise ValueError or TypeError unless these are arguments of `line_scan` (the direction as an index)."""
     if not 0 <= direction < 4:
-        raise ValueError(f"direction must be 0 to 3, the place of one of {DIRECTIONS}, got {direction}")
+        raise ValueError(f"direction must be 0 to 3, the index of one of {DIRECTIONS}, got {direction}")
     _check_image(x)
     _check_chunk_size(chunk_size)
     n, c, h, w = x.shape

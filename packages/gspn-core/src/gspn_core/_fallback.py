@@ -1,7 +1,7 @@
-"""Forward and backward in PyTorch for devices that have no kernel of ours, below autograd.
+"""Forward and backward in PyTorch for devices without compiled kernels.
 
-The forward is the reference. Autograd cannot run inside an operator's implementation, so the backward is written out;
-i counts lines in scan order, g_i and v_i are the adjoints of h_i.
+The forward is the reference. The backward is written out, because autograd does not run inside an operator's
+implementation. Line i is in scan order; g_i is the gradient of h_i, and v_i the part of it that comes from line i + 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def forward(
     directions: Sequence[int],
     chunk_size: int | None,
 ) -> None:
-    """Fill out with propagate (weights are logits with a dimension of directions) or line_scan (without one)."""
+    """Write the result of line_scan to `out`, or of propagate if the weights have a dimension of directions."""
     names = [DIRECTIONS[d] for d in directions]
     if weights.dim() == 6:
         out.copy_(reference.propagate(x, weights, lam, u, directions=names, chunk_size=chunk_size))
@@ -42,7 +42,7 @@ def backward(
     directions: Sequence[int],
     chunk_size: int | None,
 ) -> None:
-    """Fill those of the gradients of x, weights, lam and u that are not None."""
+    """Write the gradients of x, weights, lam and u, those that are not None."""
     dx, dweights, dlam, du = gradients
     names = [DIRECTIONS[d] for d in directions]
     state = torch.promote_types(x.dtype, torch.float32)
@@ -52,8 +52,8 @@ def backward(
         lam = None if lam is None else lam.unsqueeze(1)
         dweights = None if dweights is None else dweights.unsqueeze(1)
         dlam = None if dlam is None else dlam.unsqueeze(1)
-    given = weights.to(state)
-    w = reference.row_stochastic(given, directions=names) if stochastic else given
+    raw_weights = weights.to(state)
+    w = reference.row_stochastic(raw_weights, directions=names) if stochastic else raw_weights
     dx_sum = torch.zeros_like(x, dtype=state)
     for d, name in enumerate(names):
 
@@ -90,7 +90,7 @@ def backward(
             left[..., 1:], right[..., :-1] = previous[..., :-1], previous[..., 1:]
             sums = torch.stack([_group_sum(g * t, weights.shape[2]) for t in (left, previous, right)], dim=2)
             sums = from_scan_order(sums, name)  # (N, G, 3, H, W)
-            dweights[:, d] = _logit_gradient(given[:, d], w[:, d], sums) if stochastic else sums
+            dweights[:, d] = _logit_gradient(raw_weights[:, d], w[:, d], sums) if stochastic else sums
     if dx is not None:
         dx.copy_(dx_sum)
 

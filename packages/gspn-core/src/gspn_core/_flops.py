@@ -1,9 +1,9 @@
 """Floating-point operations of the operators, for `torch.utils.flop_counter.FlopCounterMode`.
 
-A multiply-add counts as two, as torch counts those of matrix products. Per element of every direction the forward has
-three for the neighbours and one for each gate; normalising the weights, which is elementwise, is not counted, as
-torch counts no activation. The backward has the adjoint's three, the state once more, two for the weights' gradients
-where wanted, and two for each gate.
+A multiply-add counts as two operations, as in torch's count of matrix products. Per element and direction the forward
+has one multiply-add for each of three neighbours and each gate. Normalising the weights is elementwise and not counted,
+as torch counts no activations. The backward has three for the adjoint, three to recompute the state, two for the
+gradients of the weights if wanted, and two for each gate.
 """
 
 from __future__ import annotations

@@ -20,11 +20,10 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 def info() -> dict[str, Any]:
     """Return versions, backends, architectures and threads as a dictionary that JSON can hold.
 
-    Keys: `gspn_core`, `torch`, `python`, `platform` (strings); `cpu` with `compiled`, and, where it is true,
-    `compiler`, `build_type`, `openmp` (the version's date, or None), `compiled_isas`, `supported_isas`, `isa` (the one
-    in use), or else `error`; `cuda` with `compiled`, `architectures` and, where it is
-    true, `compiler`; `threads`, those of torch, which the kernels
-    use; `checkpoint_interval`, lines between saved states.
+    Keys: `gspn_core`, `torch`, `python`, `platform` (strings); `cpu` with `compiled`, and if true, `compiler`,
+    `build_type`, `openmp` (the date of its version, or None), `compiled_isas`, `supported_isas`, `isa` (the one in
+    use), otherwise `error`; `cuda` with `compiled`, `architectures` and, if compiled, `compiler`; `threads` of torch,
+    which the kernels use too; `checkpoint_interval`, the lines between saved states.
     """
     module = _backend.extension()
     cuda: dict[str, Any] = {"compiled": False, "architectures": []}

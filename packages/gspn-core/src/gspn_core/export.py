@@ -5,12 +5,12 @@
     torch.onnx.export(model.eval(), (x,), "model.onnx", dynamo=True, custom_translation_table=onnx_translations())
 
 The graph holds standard operators only. A scan is ONNX's `Scan`, one node per direction, so that the graph does not
-grow with the image; chunks of S lines join the batch, so that their scan takes S steps. Results agree with PyTorch's
-to rounding. `torch.export` needs nothing of this: its programs call the operators themselves.
+grow with the image; chunks of S lines are moved to the batch, so that their scan takes S steps. Results agree with
+PyTorch's up to rounding. `torch.export` does not need this module: its programs call the operators.
 
 Limits: batch, height and width may be dynamic as far as the model and the exporter allow, channels may not, and no
-dimension may be 0. The state of float16 and bfloat16 is float32, as ever. Where weights have no effect, on the first
-line of a chunk, they must still be numbers: an infinite weight or a logit that is NaN gives NaN.
+dimension may be 0. The state of float16 and bfloat16 is float32. The weights of the first line of a chunk have no
+effect, but must be finite: an infinite weight or a NaN logit gives NaN.
 
 Importing this module needs onnx and onnxscript, so `gspn_core` itself does not.
 """
@@ -29,7 +29,7 @@ except ImportError as error:
 from . import _library
 from .reference import DIRECTIONS, SATURATION
 
-# The exporter writes this version and converts to the one its user asks for. Typed for arrays, not for graphs.
+# The exporter writes this version and converts it to the requested one. Its types are of arrays, not of graph values.
 op: Any = opset18
 _Value: TypeAlias = Any  # a tensor of the graph under construction
 _State = TypeVar("_State", bound=Union[FLOAT, DOUBLE])  # noqa: UP007 (onnxscript does not know X | Y)
@@ -41,14 +41,14 @@ _END = 2**63 - 1  # a slice up to here goes to the end
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what `torch.onnx.export(..., dynamo=True)` takes as `custom_translation_table`.
 
-    It translates `torch.ops.gspn.propagate` and `torch.ops.gspn.line_scan`, hence `SpatialPropagation` and all that
-    is made of it.
+    It translates `torch.ops.gspn.propagate` and `torch.ops.gspn.line_scan`, and so `SpatialPropagation` and models
+    that contain it.
     """
     return {_library.propagate: _propagate, _library.line_scan: _line_scan}
 
 
 # The next two take the operators' arguments, see _library.py. They have no annotations, because the exporter would read
-# them, and knows none for "a tensor or None".
+# them, and has none for "a tensor or None".
 
 
 def _propagate(x, logits, lam=None, u=None, directions=(), chunk_size=None, save_checkpoints=False):  # type: ignore[no-untyped-def]
@@ -81,7 +81,7 @@ def _state_type(x: _Value) -> int:
 
 
 def _no_checkpoints(x: _Value, h: _Value, save: bool) -> _Value:
-    """Return an empty tensor, (N, C, 0): checkpoints serve the backward pass."""
+    """Return an empty tensor, (N, C, 0): checkpoints are for the backward pass."""
     if save:
         raise ValueError("save_checkpoints must be False: a model is exported for inference")
     return op.Expand(_scalar(0.0, h), _shape(x, slice(0, 2), 0))
@@ -92,12 +92,12 @@ def _ints(*values: int) -> _Value:
 
 
 def _scalar(value: float, like: _Value) -> _Value:
-    # A plain number would become float32: the exporter does not know the types of intermediate values.
+    # A Python number would become float32: the exporter does not know the types of intermediate values.
     return op.CastLike(op.Constant(value_float=value), like)
 
 
 def _shape(x: _Value, *parts: int | slice) -> _Value:
-    """Return a shape made of numbers and of slices of the shape of x, which may be dynamic."""
+    """Concatenate numbers, and slices of the shape of x, which may be dynamic, to a shape."""
     return op.Concat(
         *(op.Shape(x, start=part.start, end=part.stop) if isinstance(part, slice) else _ints(part) for part in parts),
         axis=0,
@@ -113,7 +113,7 @@ def _row_stochastic(logits: _Value, direction: int) -> _Value:
     neighbour = op.Add(offset, position)  # (3, P)
     exists = op.And(op.GreaterOrEqual(neighbour, 0), op.Less(neighbour, count))
     exists = op.Unsqueeze(exists, _ints(1 if axis == 4 else 2))  # (3, 1, W) or (3, H, 1)
-    # Not op.Sigmoid: ratios of tiny values count here, and onnxruntime's is off by 7% at -14 and 0 below -18.
+    # Not op.Sigmoid: ratios of tiny values matter, and onnxruntime's Sigmoid is off by 7% at -14 and 0 below -18.
     exponential = op.Exp(op.Neg(op.Clip(logits, _scalar(SATURATION, logits))))
     sigma = op.Reciprocal(op.Add(exponential, _scalar(1.0, logits)))
     sigma = op.Where(exists, sigma, _scalar(0.0, logits))
@@ -153,7 +153,7 @@ def _scan(v: _Value, weights: _Value, x: _Value, groups: int, direction: int, ch
     if size:
         order = [lines + 1, lines, 0, 1, 2, 5 if lines == 3 else 3]  # to (S, K, N, G, C/G, P)
     if padded:
-        # The last chunk may miss lines, at its end in the order of the scan.
+        # The last chunk may be shorter: pad its end, in scan order.
         length, zero, axis = _shape(x, slice(lines - 1, lines)), _ints(0), _ints(lines)
         missing = op.Mod(op.Neg(length), _ints(size))
         pads = op.Concat(missing, zero, axis=0) if reverse else op.Concat(zero, missing, axis=0)

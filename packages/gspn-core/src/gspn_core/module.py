@@ -1,4 +1,4 @@
-"""The mixer module: makes weights and gates from its input, propagates in all directions, and merges them."""
+"""The mixer module: computes weights and gates from its input, propagates in all directions, and merges the results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from . import _check, _library  # noqa: F401  (registers torch.ops.gspn)
 from .reference import DIRECTIONS
 
-# Initial input gate of scans without chunks. A scan adds up what it passes: over L lines noise grows like L^(1/4), but
-# the mean of a smooth image like L, so that no one value suits both. At this one a branch of a pre-norm residual
-# network neither drowns its input nor is lost at 512 x 512 and a depth of 50 (test_module.py measures it).
+# Initial input gate of scans without chunks. A scan accumulates its input: over L lines noise grows like L^(1/4), but
+# the mean of a smooth image like L, so that no single value suits both. With this one, a branch of a pre-norm residual
+# network neither dominates its input nor vanishes at a depth of 50 (test_module.py measures it, up to 512 x 512).
 _INITIAL_LAM = 1 / 128
 
 
 class SpatialPropagation(nn.Module):
-    r"""Mix an image's pixels by line scans with weights and gates made from the image itself.
+    r"""Mix an image's pixels by line scans whose weights and gates are computed from the image.
 
         v          = value(x)                                  1x1 convolution to P channels, or x itself
         l, lam, u  = gates(bottleneck(x))                      1x1 convolutions
@@ -34,7 +34,7 @@ class SpatialPropagation(nn.Module):
         channels: C of the input and output.
         proxy_channels: P, channels that are propagated, projected from and lifted back to C by 1x1 convolutions.
             None propagates the C channels themselves, without projections.
-        gate_rank: channels of the bottleneck between the input and the gates. None makes them from the input at once.
+        gate_rank: channels of the bottleneck between the input and the gates. None computes them from the input itself.
         weight_groups: G, dividing P; each group of P/G consecutive channels shares its weights.
         directions: names out of `DIRECTIONS`.
         chunk_size: lines per independent chunk; None scans the whole image.
@@ -48,7 +48,7 @@ class SpatialPropagation(nn.Module):
     Sources: GSPN, arXiv 2501.12381, section 3 and appendix; GSPN-2, arXiv 2512.07884, section 3.
     """
 
-    directions: list[int]  # places in DIRECTIONS
+    directions: list[int]  # indices into DIRECTIONS
 
     def __init__(
         self,
@@ -104,8 +104,8 @@ class SpatialPropagation(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise: projections keep the variance, directions are averaged, gates start near a constant.
 
-        The input gate starts below one over the lines it adds up, the output gate at a random sign, which keeps the
-        means of many layers from adding up; both vary by a tenth with the input.
+        The input gate starts below one over the number of lines that a scan accumulates. The output gate starts at a
+        random sign, so that the means of many layers do not accumulate. Both vary by a tenth with the input.
         """
         initial_lam = _INITIAL_LAM
         if self.chunk_size is not None:
@@ -125,7 +125,7 @@ class SpatialPropagation(nn.Module):
         nn.init.constant_(self.merge, 1 / len(self.directions))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what is propagated and how: v (N, P, H, W), logits (N, D, G, 3, H, W), lam and u (N, D, P, H, W)."""
+        """Return the arguments of `propagate`: v (N, P, H, W), logits (N, D, G, 3, H, W), lam and u (N, D, P, H, W)."""
         count = len(self.directions)
         logits, lam, u = self.gates(self.bottleneck(x)).split(self._splits, dim=1)
         logits = logits.unflatten(1, (count, self.weight_groups, 3))

@@ -1,7 +1,7 @@
 """The public functions of the operator: `propagate`, `line_scan` and `row_stochastic`.
 
 Shapes use the letters N batch, C channels, H rows, W columns, D directions, G weight groups. Every tensor is indexed
-in image coordinates: the value of pixel (r, c) stands at [..., r, c] for every direction, and nothing is flipped or
+in image coordinates: the value of pixel (r, c) is at [..., r, c] for every direction, and nothing is flipped or
 transposed before or after a scan.
 
 A *line* is what a scan steps over, a *position* an index along it:
@@ -36,7 +36,7 @@ def propagate(
 ) -> Tensor:
     r"""Propagate an image along lines in several directions and sum the results.
 
-    For every direction d, with row-stochastic weights w made from the logits (see `row_stochastic`),
+    For every direction d, with the row-stochastic weights w of the logits (see `row_stochastic`),
 
         h_d[i, j] = sum over k in -1, 0, +1 of w_k[i, j] h_d[i-1, j+k]  +  lam_d[i, j] x[i, j]
         y         = sum over d of u_d * h_d
@@ -47,8 +47,8 @@ def propagate(
         x: (N, C, H, W).
         logits: (N, D, G, 3, H, W), G dividing C; each of the G groups serves C/G consecutive channels. Index 0, 1, 2
             of the axis of three is the neighbour at position j-1, j, j+1. G = C is GSPN-1, G = 1 is GSPN-2.
-        lam: (N, D, C', H, W), C' dividing C, the input's gate; shared by C/C' consecutive channels. None is 1.
-        u: (N, D, C', H, W), the output's gate, likewise with a C' of its own. None is 1.
+        lam: (N, D, C', H, W), C' dividing C, the input gate, shared by C/C' consecutive channels. None is 1.
+        u: (N, D, C', H, W), the output gate, with a C' of its own. None is 1.
         directions: one to four different names out of `DIRECTIONS`, in the order of dimension D.
         chunk_size: lines per independent chunk (the local variant), counted in the direction's own scan order; the
             last chunk may be shorter. None scans the whole image.
@@ -73,7 +73,7 @@ def propagate(
 def line_scan(
     x: Tensor, weights: Tensor, lam: Tensor | None = None, *, direction: str, chunk_size: int | None = None
 ) -> Tensor:
-    r"""Scan an image along one direction with the weights as given, any real numbers.
+    r"""Scan an image along one direction with weights that may be any real numbers.
 
         h[i, j] = sum over k in -1, 0, +1 of weights_k[i, j] h[i-1, j+k]  +  lam[i, j] x[i, j]
 

@@ -1,0 +1,81 @@
+"""What the command lines of this package share: a parser, exit statuses, errors on one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+
+
+class UserError(Exception):
+    """A call that its user can correct; shown on one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line, and that suggests an option for one it does not know."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message on one line and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, or exit with 2 and, for an unknown option, the closest known one."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return namespace
+        known = [option for parser in self._used(namespace) for option in parser._option_string_actions]
+        message = f"unrecognized arguments: {' '.join(unknown)}"
+        for option in unknown:
+            close = difflib.get_close_matches(option.partition("=")[0], known, n=1) if option[:1] == "-" else []
+            message += f"; did you mean {close[0]}?" if close else ""
+        self.error(message)
+
+    def _used(self, namespace: argparse.Namespace) -> Iterator[argparse.ArgumentParser]:
+        yield self
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield action.choices[getattr(namespace, action.dest)]
+
+
+def guarded(program: str, run: Callable[[], int]) -> int:
+    """Return the exit status of `run`, with a line instead of a traceback for what is no fault of the program."""
+    try:
+        status = run()
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # nobody reads any further
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{program}: error: {first_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type and the first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def positive_integer(text: str) -> int:
+    """Parse an option that is an integer of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return number
