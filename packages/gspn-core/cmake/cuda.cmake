@@ -1,4 +1,4 @@
-# CUDA kernels for the target _C, where GSPN_CUDA asks for them and nvcc is there.
+# CUDA kernels for the target _C, if GSPN_CUDA selects them and nvcc is available.
 set(GSPN_KNOWN_ARCHITECTURES 80 86 89 90 100 120)
 
 if("${GSPN_CUDA}" STREQUAL "")  # not if(NOT ...): off is a false value too
@@ -24,7 +24,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 
-set(CMAKE_CUDA_ARCHITECTURES OFF)  # chosen below, once the compiler is known
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # set below, once the compiler is known
 enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
   message(FATAL_ERROR "gspn-core: the CUDA kernels need nvcc 12.4 or later, found ${CMAKE_CUDA_COMPILER_VERSION}; "
@@ -49,7 +49,7 @@ else()
     endif()
   endforeach()
 endif()
-# Machine code for each, and PTX of the newest for GPUs that come after it.
+# Machine code for each, and PTX of the newest for later GPUs.
 list(SORT architectures COMPARE NATURAL)
 list(GET architectures -1 newest)
 list(TRANSFORM architectures APPEND "-real" OUTPUT_VARIABLE targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from gspn_core import line_scan, propagate, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Beyond twice the reference's own error: one rounding of the result, relative to its largest value; for float64, whose
-# reference is the yardstick itself, what the sums of a scan may lose.
+# Allowed in addition to twice the error of the reference: one rounding of the result, relative to its largest value;
+# for float64, whose reference has no error by definition, the rounding of the sums of a scan.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -44,7 +45,7 @@ def propagate_inputs(
 
 
 def value_and_gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return f(*inputs) and, for a fixed random gradient of it, the gradients of all inputs that are there."""
+    """Return f(*inputs) and, for a fixed random gradient of it, the gradients of all inputs that are not None."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     out = f(*leaves)
     wanted = [t for t in leaves if t is not None]
@@ -82,6 +83,24 @@ def check_line_scan(inputs: Sequence[Tensor | None], **options: Any) -> None:
     assert_as_accurate(
         lambda *t: line_scan(*t, **options), lambda *t: reference.line_scan(*t, **options), inputs, str(options)
     )
+
+
+def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return combinations in which every pair of values of two axes occurs: far fewer than the full product."""
+    indices = [range(len(axis)) for axis in axes]
+
+    def pairs(combination: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        places = itertools.combinations(range(len(axes)), 2)
+        return {(i, combination[i], j, combination[j]) for i, j in places}
+
+    candidates = list(itertools.product(*indices))
+    missing = set().union(*map(pairs, candidates))
+    combinations = []
+    while missing:
+        best = max(candidates, key=lambda candidate: len(pairs(candidate) & missing))
+        missing -= pairs(best)
+        combinations.append(tuple(axis[index] for axis, index in zip(axes, best, strict=True)))
+    return combinations
 
 
 # ---- layouts of a tensor's memory

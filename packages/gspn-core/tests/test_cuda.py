@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: accuracy against the float64 reference on the CPU, and conduct on streams and in graphs.
+"""The CUDA kernels on a GPU: accuracy against the float64 reference on the CPU, and behaviour on streams and in graphs.
 
 `pytest -m cuda` runs this file; without a GPU, or without CUDA kernels in the build, every test is skipped with the
 reason. GSPN_TEST_SECONDS in the environment is a time budget: tests that would start later are skipped, and say so.
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cuda
 BEGAN = time.monotonic()
 ALL = [0, 1, 2, 3]
 
-# (H, W): size 1, shorter and longer than a warp reaches, odd, thin both ways, the published models' widths.
+# (H, W): size 1, shorter and longer than a warp covers, odd, thin both ways, the widths of the published models.
 SIZES = [(1, 1), (2, 2), (7, 7), (8, 8), (14, 14), (16, 17), (32, 32), (33, 29), (56, 56), (64, 1), (1, 64), (65, 56)]
 SIZES += [(74, 74), (128, 3), (129, 130), (147, 147)]
 LONG = [(5, 1024), (1024, 5), (20, 1023), (3, 2048)]
@@ -34,7 +34,7 @@ CHUNKS = [None, 1, 2, 7, 16, 48, 1000]  # dividing and not dividing, the checkpo
 
 
 def missing():
-    """Why there is nothing to test here, or an empty string."""
+    """Return why these tests cannot run here, or an empty string."""
     if not torch.cuda.is_available():
         return "needs a GPU that torch sees: torch.cuda.is_available() is false"
     if not gspn_core.info()["cuda"]["compiled"]:
@@ -51,7 +51,7 @@ def gpu():
     if time.monotonic() - BEGAN > budget:
         pytest.skip(f"not run: GSPN_TEST_SECONDS={budget:g} are used up")
     yield
-    torch.cuda.synchronize()  # an error of this test is not the next one's
+    torch.cuda.synchronize()  # so that an error is reported in the test that caused it
 
 
 def require_memory(gibibytes):
@@ -64,7 +64,7 @@ def require_memory(gibibytes):
 
 @contextmanager
 def others_warnings():
-    """Let pass what torch itself warns of: prototype features, hints on precision, deprecations in its compiler."""
+    """Ignore warnings about torch itself: prototype features, hints on precision, deprecations in its compiler."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -340,7 +340,7 @@ def test_more_than_2_to_31_elements_of_weights():
             require_as_accurate(f"image {n}, channel {c}, {name}", *compared)
 
 
-# ---- a citizen of PyTorch
+# ---- integration with PyTorch
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -394,7 +394,7 @@ def test_compile(dynamic):
         inputs = propagate_inputs(2, 4, *size, groups=2, lam=1, u=4)
         with others_warnings():
             compiled = value_and_gradients(ours, inputs)
-        assert_same_bits(compiled, value_and_gradients(f, inputs))  # powers of two round nowhere
+        assert_same_bits(compiled, value_and_gradients(f, inputs))  # products with powers of two are exact
 
 
 def test_compile_line_scan_and_module():
@@ -408,7 +408,7 @@ def test_compile_line_scan_and_module():
     with others_warnings():
         ours = value_and_gradients(torch.compile(f, fullgraph=True), inputs)
     for a, b in zip(ours, value_and_gradients(f, inputs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # a convolution may come in another algorithm
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # a convolution may use another algorithm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -501,7 +501,7 @@ def test_two_streams_at_once(shape, groups, lam, u):
 
 
 def test_runs_on_the_current_stream():
-    """The input arrives late on that stream, and what reads the output next on it finds it."""
+    """The input arrives late on that stream, and the next reader of the output on it gets the right values."""
     inputs = on_gpu(propagate_inputs(2, 4, 30, 150, groups=2, lam=1, u=4), True)
     dy = torch.ones(2, 4, 30, 150, device="cuda")
     expected = propagate(*inputs)
@@ -528,7 +528,7 @@ def test_a_call_waits_for_nothing(shape, groups, lam, u):
     def call():
         return torch.autograd.grad(propagate(*inputs), inputs, dy)
 
-    kept = [call() for _ in range(2)]  # the allocator then has the memory
+    kept = [call() for _ in range(2)]  # so that the allocator has the memory
     del kept
     torch.cuda.synchronize()
     with others_warnings():  # the mode is a prototype, torch says
@@ -537,7 +537,7 @@ def test_a_call_waits_for_nothing(shape, groups, lam, u):
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # The mode sees what torch waits for; that the device is still busy afterwards covers the kernels' launches too.
+    # The mode detects synchronisation by torch; that the device is still busy afterwards covers our launches too.
     torch.cuda.synchronize()
     delay(1.0)
     busy = torch.cuda.Event()
@@ -565,7 +565,7 @@ def test_50_calls_take_no_more_memory_than_one(shape, groups, lam, u):
     def state():
         torch.cuda.synchronize()
         gc.collect()
-        device = torch.cuda.mem_get_info()[0]  # what kernels took behind torch's back would be missing
+        device = torch.cuda.mem_get_info()[0]  # also counts memory that torch did not allocate
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), device
 
     for _ in range(5):
@@ -601,7 +601,7 @@ def kernels_of(f):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernel_of_a_shape(dtype, kind, size, directions):
-    """A small image in several directions stays in shared memory, where a block has enough of it; others pass in
+    """A small image in several directions stays in shared memory if a block has enough of it; others pass in
     strips. A backward always does.
     """
     if kind == "resident" and torch.cuda.get_device_capability() not in ((8, 0), (9, 0), (10, 0)):
@@ -646,7 +646,7 @@ def test_compute_sanitizer(tool, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SANITIZED)
     command = [sanitizer, "--tool", tool, "--error-exitcode", "77", "--kernel-regex", "kns=gspn"]
-    # Without torch's caching allocator every tensor is an allocation of its own, past whose end lies nothing.
+    # Without torch's caching allocator every tensor is a separate allocation: an access past its end is an error.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command += [sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=240)

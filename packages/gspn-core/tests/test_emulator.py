@@ -1,4 +1,4 @@
-"""The emulator of CUDA kernels sees what it says it sees: emulation/selftest.cpp, plain and under the sanitizers."""
+"""The emulator of CUDA kernels detects what it claims to: emulation/selftest.cpp, with and without sanitizers."""
 
 import os
 import re
@@ -161,15 +161,15 @@ def test_barriers(selftest, build):
 
 
 def test_masks_and_maps(selftest):
-    def found(output):
+    def messages(output):
         return re.findall(r"^(\S.*?)(?:; found by .*)?$", output, re.MULTILINE)
 
     status, output, _ = selftest("plain", "masks")
     assert status == 0
-    assert found(output) == ["a lane is not in its own mask"] * 2 + ["warp masks overlap"]
+    assert messages(output) == ["a lane is not in its own mask"] * 2 + ["warp masks overlap"]
     status, output, _ = selftest("plain", "maps")
     assert status == 0
-    assert found(output) == [
+    assert messages(output) == [
         "no error",
         "cluster_map of an address outside shared memory",
         "cluster_map to a rank outside the cluster",

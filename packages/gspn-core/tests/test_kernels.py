@@ -14,6 +14,7 @@ from operator_cases import (
     channels_last,
     check_line_scan,
     check_propagate,
+    covering,
     part_of_a_wider_buffer,
     propagate_inputs,
     randn,
@@ -33,26 +34,29 @@ CHUNKS = [None, 1, 2, 7, 16, 48, 1000]  # dividing and not dividing, a tile, sev
 
 @pytest.fixture(params=ISAS)
 def isa(request):
+    """Use the kernels of an instruction set: every one, or those that the test's parameters name."""
     EXTENSION.select_isa(request.param)
     yield request.param
     EXTENSION.select_isa("auto")
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype,size,isa", covering(DTYPES, SIZES, ISAS), indirect=["isa"], ids=str)
 def test_sizes(dtype, size, isa):
     check_propagate(propagate_inputs(2, 3, *size, groups=1, lam=3, u=1, dtype=dtype))
 
 
-@pytest.mark.parametrize("size", [(300, 131), (128, 520)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype,size,isa", covering(DTYPES, [(300, 131), (128, 520)], ISAS), indirect=["isa"], ids=str)
 def test_planes_of_several_tiles(dtype, size, isa):
     """Planes that are prefetched, in both orders, with a last tile and a last vector that are not full."""
     check_propagate(propagate_inputs(1, 2, *size, groups=1, lam=1, u=2, dtype=dtype))
 
 
-@pytest.mark.parametrize("directions", [("left_to_right", "top_to_bottom"), ("right_to_left", "bottom_to_top")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype,directions,isa",
+    covering(DTYPES, [("left_to_right", "top_to_bottom"), ("right_to_left", "bottom_to_top")], ISAS),
+    indirect=["isa"],
+    ids=str,
+)
 def test_outputs_larger_than_the_caches(dtype, directions, isa):
     """Such columns are written past the caches; scanning the transposed image does the same sums by rows."""
     h, w = 512, 1056
@@ -66,8 +70,12 @@ def test_outputs_larger_than_the_caches(dtype, directions, isa):
     assert torch.equal(horizontal, vertical.mT)
 
 
-@pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype,direction,isa",
+    covering([torch.float32, torch.bfloat16, torch.float16], ["left_to_right", "right_to_left"], ISAS),
+    indirect=["isa"],
+    ids=str,
+)
 def test_bands(dtype, direction, isa):
     """Many planes with weights of their own are scanned in bands, to the same bits as these planes alone. Weights of
     the first line, and those that have no neighbour to weigh, have no effect."""
@@ -91,7 +99,7 @@ def test_bands(dtype, direction, isa):
 
 @pytest.mark.parametrize("n,groups", [(5, 1), (3, 13), (2, 39)])
 def test_small_planes_beyond_the_caches(n, groups):
-    """Whole planes, the next of which are asked for; 39 channels do not fill the last task, nor the last pair."""
+    """Whole planes, of which the next are prefetched; 39 channels do not fill the last task, nor the last pair."""
     inputs = propagate_inputs(n, 39, 56, 57, groups=groups, lam=13, u=39, dtype=torch.float32)
     assert sum(t.numel() * t.element_size() for t in inputs) > 14 * 2**20
     check_propagate(inputs)
@@ -103,19 +111,22 @@ def test_chunks(dtype, chunk_size):
     check_propagate(propagate_inputs(1, 2, 50, 37, groups=2, lam=2, u=2, dtype=dtype), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("chunk_size", [None, 5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype,chunk_size,direction,isa", covering(DTYPES, [None, 5], DIRECTIONS, ISAS), indirect=["isa"], ids=str
+)
 def test_line_scan(dtype, chunk_size, direction, isa):
     inputs = [randn(2, 4, 35, 19, dtype=dtype), 0.5 * randn(2, 2, 3, 35, 19, dtype=dtype)]
     check_line_scan([*inputs, None], direction=direction, chunk_size=chunk_size)
     check_line_scan([*inputs, randn(2, 1, 35, 19, dtype=dtype)], direction=direction, chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 6])
-@pytest.mark.parametrize("lam,u", [(None, None), (1, 6), (6, 1), (2, 3), (3, None), (None, 2)])
-@pytest.mark.parametrize("n", [1, 3])
-def test_groups(n, lam, u, groups):
+@pytest.mark.parametrize(
+    "n,groups,gates",
+    covering([1, 3], [1, 2, 3, 6], [(None, None), (1, 6), (6, 1), (2, 3), (3, None), (None, 2)]),
+    ids=str,
+)
+def test_groups(n, groups, gates):
+    lam, u = gates
     check_propagate(propagate_inputs(n, 6, 9, 11, groups=groups, lam=lam, u=u))
 
 

@@ -1,4 +1,4 @@
-"""The oracle against things that are not it: numbers worked by hand, a dense matrix, symmetries, finite differences."""
+"""The reference against results computed by hand, a dense matrix, symmetries and finite differences."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from operator_cases import DTYPES, propagate_inputs, randn, value_and_gradients
 from gspn_core import _fallback, reference
 from gspn_core.reference import DIRECTIONS, line_scan, propagate, row_stochastic
 
-# What a 3x3 image of ones becomes under weights a = 0.5 (position j-1), b = 0.25 (j), c = 0.125 (j+1), worked by hand
-# from the equation: line 0 is 1 1 1; line 1 is .375+1, .875+1, .75+1; line 2 from line 1 the same way.
+# The result for a 3x3 image of ones with weights a = 0.5 (position j-1), b = 0.25 (j), c = 0.125 (j+1), by hand from
+# the equation: line 0 is 1 1 1; line 1 is .375+1, .875+1, .75+1; line 2 from line 1 the same way.
 TOP_TO_BOTTOM = [
     [1.0, 1.0, 1.0],
     [1.375, 1.875, 1.75],

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +17,7 @@ BUILD = HERE.parent.parent / "build"
 
 
 def missing() -> str:
-    """Name what this machine lacks for the emulation; empty if nothing."""
+    """Return what this machine lacks for the emulation; empty if nothing."""
     if sys.platform != "linux":
         return "the emulation of CUDA needs Linux"
     lacking = [name for name in ("cmake", "ninja", "g++") if shutil.which(name) is None]
@@ -28,7 +30,23 @@ def _run(*command: str | Path) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _build(folder: Path, target: str, *options: str) -> None:
+    with _locked(folder):
+        _build_target(folder, target, *options)
+
+
+def _build_target(folder: Path, target: str, *options: str) -> None:
     _run("cmake", "-S", HERE, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", *options)
     _run("cmake", "--build", folder, "--target", target)
 
@@ -60,7 +78,7 @@ def build_races(sanitizer: str, folder: Path | None = None, *options: str) -> Pa
 
 
 def address_sanitizer() -> dict[str, str]:
-    """Name the variables that start Python, which is built without it, with AddressSanitizer."""
+    """Return the environment variables that preload AddressSanitizer into a Python built without it."""
 
     def library(name: str) -> str:
         command = ["g++", f"-print-file-name={name}"]

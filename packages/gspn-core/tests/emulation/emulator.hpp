@@ -1,32 +1,31 @@
 // Runs CUDA kernel source, compiled by plain g++ without any CUDA header, on the host.
 //
-// One fiber stands for one CUDA thread. Fibers switch only where threads meet (shuffle, __syncwarp, __syncthreads,
-// cluster_sync) or return, and only within one OS thread, so a run is determined by its schedule and seed. Blocks run
-// one after another, the blocks of a cluster together. A launch that goes wrong throws emulator::Error on the caller's
-// stack, says where every waiting thread waits, and leaves the emulator fit for the next launch.
+// Each CUDA thread is a fiber. Fibers switch only at synchronisation points (shuffle, __syncwarp, __syncthreads,
+// cluster_sync) or when they return, and only within one OS thread, so a run is determined by its schedule and seed.
+// Blocks run one after another, the blocks of a cluster together. A failing launch throws emulator::Error in the
+// caller, with the place where every waiting thread waits, and the emulator remains usable for the next launch.
 //
-// What is seen
-//   always    lanes of one mask at different calls, a lane outside its own mask, overlapping masks; a barrier met at
-//             different lines; deadlock; a launch that no device accepts; cluster_map outside the cluster or the block.
-//             Returned threads count as arrived, as on sm_70 and later.
-//   as NaN    what may not be read is filled with ones, NaN in every floating-point format: shared memory before its
-//             first write and, in a cluster, after its block has returned; a shuffle from a lane outside the mask.
-//   schedule  a missing barrier, if the order of the threads makes the result wrong: set_schedule, or the environment's
-//             GSPN_EMULATOR_SCHEDULE and GSPN_EMULATOR_SEED. Try all schedules, and several seeds of the random ones.
-//   ASan      shared memory out of bounds, by one byte too: the block's allocation has exactly the size of the launch;
-//             shared memory of a block of the cluster that has returned.
-//   TSan      data races, a missing barrier among them in any schedule: each CUDA thread is a thread to TSan, ordered
-//             by the barriers and by the start and the end of a launch, by nothing else. A shuffle orders no memory,
-//             and the blocks of one grid are never ordered; but of their races only those of blocks that run soon after
-//             one another are seen, as the threads of some 512 are remembered: keep blocks small, at most 256 threads.
-// What is not seen: bank conflicts, coalescing, occupancy, registers; the device branch of code that has one for the
-// device and one for the host (PTX, intrinsics); memory order weaker than the barriers'; a loop that waits for another
-// thread without meeting it hangs.
+// What is detected
+//   always    lanes of one mask at different calls, a lane outside its own mask, overlapping masks; a barrier reached
+//             at different lines; deadlock; a launch that no device accepts; cluster_map outside the cluster or block.
+//             Threads that have returned count as arrived, as on sm_70 and later.
+//   as NaN    undefined values are all ones, NaN in every floating-point format: shared memory before its first write
+//             and, in a cluster, after its block has returned; a shuffle from a lane outside the mask.
+//   schedule  a missing barrier, if the order of the threads makes the result wrong: set_schedule, or the environment
+//             variables GSPN_EMULATOR_SCHEDULE and GSPN_EMULATOR_SEED. Try all schedules, and several seeds.
+//   ASan      shared memory out of bounds, even by one byte: the block's allocation has exactly the size of the launch;
+//             access to shared memory of a block of the cluster that has returned.
+//   TSan      data races, including missing barriers, in any schedule: each CUDA thread is a thread for TSan, ordered
+//             only by barriers and by the start and end of a launch. A shuffle orders no memory accesses, and the
+//             blocks of one grid are never ordered. Races between blocks are detected only if the blocks run soon after
+//             one another, because about 512 threads are remembered: keep blocks small, at most 256 threads.
+// What is not detected: bank conflicts, coalescing, occupancy, registers; errors in device-only code (PTX, intrinsics);
+// memory orders weaker than those of barriers. A loop that polls for another thread hangs.
 //
-// To add a primitive: if it waits for nobody, a plain function on current() will do. If it does, give it a Primitive
-// and its name, book the arrival inside park(), which runs other threads until settle() has made this one ready, and
-// report misuse with fail(), never by an exception: it could not leave the fiber. Instructions on data (fma, exp2) are
-// not the emulator's business: kernels give them a host branch under GSPN_EMULATED.
+// To add a primitive: if it does not wait, a plain function on current() suffices. If it does, add a Primitive and its
+// name, record the arrival inside park(), which runs other threads until settle() has made this one ready, and report
+// misuse with fail(), not by an exception, which could not leave the fiber. Arithmetic instructions (fma, exp2) are not
+// emulated: kernels have a host branch for them under GSPN_EMULATED.
 #pragma once
 
 #include <sys/mman.h>
@@ -44,7 +43,7 @@
 #include <utility>
 #include <vector>
 
-// -DGSPN_EMULATOR_UCONTEXT tests the portable switch where the fast one would be taken.
+// -DGSPN_EMULATOR_UCONTEXT selects the portable context switch instead of the fast one, for tests.
 #if !defined(__x86_64__) && !defined(GSPN_EMULATOR_UCONTEXT)
 #define GSPN_EMULATOR_UCONTEXT 1
 #endif
@@ -57,7 +56,7 @@
 #endif
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
-extern "C" {  // of the TSan runtime, in none of its headers
+extern "C" {  // TSan runtime functions that no header declares
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -92,7 +91,7 @@ namespace detail {
 constexpr int kWarpSize = 32, kMaxThreads = 1024, kMaxCluster = 8, kMaxGridYZ = 65535, kMaxBlockZ = 64;
 constexpr size_t kMaxSharedBytes = 227 * 1024, kSharedAlignment = 128;
 constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 4096;  // address space: only the touched pages cost memory
-constexpr size_t kFibers = 512;  // as many as leave a trace behind that TSan can still tell apart
+constexpr size_t kFibers = 512;                                 // as many fibers as TSan can distinguish
 constexpr int kPoison = 0xFF;
 
 enum Schedule { kFirstIn, kLastIn, kRandomThread, kWarpsApart, kSchedules };
@@ -103,7 +102,7 @@ inline const char* name(Primitive primitive) {
   return kNames[static_cast<int>(primitive)];
 }
 
-// Where a primitive is called. As a default argument, here() is the place of the call that leaves it out.
+// The place where a primitive is called: here(), as a default argument, is evaluated at the call.
 struct Site {
   const char* file = "";
   int line = 0;
@@ -111,7 +110,7 @@ struct Site {
   bool operator==(const Site& other) const { return line == other.line && !std::strcmp(file, other.file); }
 };
 
-// ASan must know each stack that is entered and left, TSan each fiber; without them all of these are empty.
+// Tell ASan about each switch of stacks, and TSan about each switch of fibers; empty without sanitizers.
 #ifdef __SANITIZE_ADDRESS__
 inline void poison_memory(const void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
 inline void unpoison_memory(const void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
@@ -122,7 +121,7 @@ inline void unpoison_memory(const void*, size_t) {}
 #ifdef __SANITIZE_THREAD__
 inline void release(void* fence) { __tsan_release(fence); }
 inline void acquire(void* fence) { __tsan_acquire(fence); }
-struct Hidden {  // from TSan: the emulator's own bookkeeping, which all fibers share
+struct Hidden {  // scope that TSan ignores: bookkeeping that all fibers share
   Hidden() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
@@ -140,9 +139,9 @@ struct Hidden {
 };
 #endif
 
-// What TSan takes for the barrier. A thread may arrive at the next barrier before a slower one has left this one; on
-// one variable the slower one would then seem to come after it, and their races in between would go unseen. So two
-// variables take turns: no thread can be two barriers ahead.
+// The synchronisation object that TSan sees for a barrier. A thread may arrive at the next barrier before a slower one
+// has left this one. With a single variable the slower one would then appear to be ordered after it, and races between
+// them would be missed. So two variables alternate: no thread can be two barriers ahead.
 struct Fence {
   char sides[2] = {};
   int phase = 0;
@@ -189,7 +188,7 @@ struct Thread {
   Site site;
 };
 
-struct Rendezvous {  // of the lanes of one mask
+struct Rendezvous {  // synchronisation of the lanes of one mask
   unsigned mask, arrived;
   Primitive primitive;
   Site site;
@@ -199,10 +198,10 @@ struct Rendezvous {  // of the lanes of one mask
 
 struct Warp {
   Thread* threads[kWarpSize] = {};
-  unsigned live = 0;  // the lanes that exist and have not returned
+  unsigned live = 0;  // lanes that exist and have not returned
   uint64_t priority = 0;
   std::vector<Rendezvous> open;
-  Fence fences[kWarpSize];  // for a mask, that of its lowest lane
+  Fence fences[kWarpSize];  // a mask uses that of its lowest lane
 };
 
 struct Barrier {
@@ -220,7 +219,7 @@ struct Block {
   char exit_fence = 0;
 };
 
-struct Cluster {  // new for every cluster: the fences of a used one would order blocks that are not ordered
+struct Cluster {  // new for every cluster: reused fences would order blocks that are not ordered
   std::vector<Block> blocks;
   Barrier barrier;
   explicit Cluster(int size) : blocks(size) {}
@@ -268,7 +267,7 @@ struct State {  // of one OS thread
   std::deque<void*> idle_fibers;  // TSan's, as is their number
   size_t fibers_made = 0;
   std::vector<std::unique_ptr<Stack>> stacks;
-  std::deque<Thread> pool;  // as many as there are stacks; they stay where they are
+  std::deque<Thread> pool;  // as many as there are stacks; their addresses are stable
 };
 
 inline State& state() {
@@ -286,7 +285,7 @@ inline uint64_t draw(State& s) {  // splitmix64
 }
 
 #ifndef GSPN_EMULATOR_UCONTEXT
-// Pushes what a call must preserve, stores the stack pointer, takes the other one and pops.
+// Pushes callee-saved registers, stores the stack pointer, loads the other one and pops.
 __attribute__((naked, noinline, no_sanitize("thread"))) inline void switch_stack(void** /*save*/, void* /*load*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -314,12 +313,12 @@ __attribute__((noinline, no_sanitize("thread"))) inline void switch_to(Thread* t
 #else
   switch_stack(&from->stack_pointer, to->stack_pointer);
 #endif
-#ifdef __SANITIZE_ADDRESS__  // back again, possibly long after
+#ifdef __SANITIZE_ADDRESS__  // resumed, possibly much later
   __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
 #endif
 }
 
-// Records the first thing that went wrong; next_thread() then leads back to the launch, which throws.
+// Records the first error; next_thread() then returns to the launch, which throws.
 inline void fail(const char* what, Site site) {
   State& s = state();
   if (!s.failure.what) s.failure = {what, s.current, site};
@@ -330,7 +329,7 @@ inline size_t choose(State& s) {
   if (s.schedule == kFirstIn) return 0;
   if (s.schedule == kLastIn) return count - 1;
   if (s.schedule == kRandomThread) return draw(s) % count;
-  // One warp runs as far ahead of the others as the barriers let it, until the priorities change.
+  // One warp runs as far ahead of the others as barriers allow, until the priorities change.
   if (draw(s) % 64 == 0) s.ready[draw(s) % count]->warp->priority = draw(s);
   size_t best = 0;
   for (size_t i = 1; i < count; ++i)
@@ -338,18 +337,18 @@ inline size_t choose(State& s) {
   return best;
 }
 
-// The thread that runs when the current one cannot; the main fiber when all have returned or one has failed.
+// The next thread to run; the main fiber if all have returned or one has failed.
 inline Thread* next_thread() {
   State& s = state();
   if (!s.failure.what && s.ready.empty() && s.cluster->barrier.live)
     s.failure.what = "deadlock: every thread that has not returned waits";
   if (s.failure.what || s.ready.empty()) return &s.main;
-  const size_t chosen = choose(s);
-  Thread* thread = s.ready[chosen];
-  if (chosen == 0) {
+  const size_t index = choose(s);
+  Thread* thread = s.ready[index];
+  if (index == 0) {
     s.ready.pop_front();
   } else {
-    std::swap(s.ready[chosen], s.ready.back());
+    std::swap(s.ready[index], s.ready.back());
     s.ready.pop_back();
   }
   return thread;
@@ -360,8 +359,8 @@ inline void make_ready(Thread* thread) {
   state().ready.push_back(thread);
 }
 
-// Calls arrive(), which books that the current thread waits and makes ready whom it completes, then runs other threads
-// until this one is ready. A primitive that orders memory names its fence.
+// Calls arrive(), which records that the current thread waits and makes threads ready whose wait it completes, then
+// runs other threads until this one is ready. A primitive that orders memory passes its fence.
 template <class Arrive>
 void park(Primitive primitive, Site site, Fence* fence, Arrive arrive) {
   void* side = fence ? fence->side() : nullptr;
@@ -379,12 +378,12 @@ void park(Primitive primitive, Site site, Fence* fence, Arrive arrive) {
   if (side) acquire(side);
 }
 
-// Stops the launch from within a thread that meets nobody.
+// Aborts the launch from within a thread, outside a synchronisation point.
 inline void stop(const char* what, Site site) {
   park(Primitive::kNone, site, nullptr, [&](Thread&) { fail(what, site); });
 }
 
-// Completes the barrier if all have arrived who have not returned.
+// Completes the barrier if all threads that have not returned have arrived.
 inline void settle(Barrier& barrier) {
   if (barrier.waiting.size() < barrier.live) return;
   ++barrier.fence.phase;
@@ -413,7 +412,7 @@ inline void complete(Warp& warp, const Rendezvous& meeting) {
   }
 }
 
-// Completes each rendezvous of the warp at which all have arrived who have not returned.
+// Completes each rendezvous of the warp at which all lanes that have not returned have arrived.
 inline void settle(Warp& warp) {
   for (size_t i = warp.open.size(); i-- > 0;) {
     if (warp.open[i].arrived != (warp.open[i].mask & warp.live)) continue;
@@ -422,7 +421,7 @@ inline void settle(Warp& warp) {
   }
 }
 
-// Books the lane in the rendezvous of its mask, which the first lane opens.
+// Adds the lane to the rendezvous of its mask, which the first lane creates.
 inline void arrive_at_warp(Thread& me, unsigned mask, uint64_t value, int source) {
   Warp& warp = *me.warp;
   size_t i = 0;
@@ -489,7 +488,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = kWarpSize, 
   return shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, site);
 }
 
-// Takes a thread that returns out of everything the others wait for.
+// Removes a thread that returns from everything that others wait for.
 inline void retire(Thread& me) {
   me.warp->live &= ~(1u << me.lane);
   settle(*me.warp);
@@ -499,15 +498,15 @@ inline void retire(Thread& me) {
   }
 }
 
-// The shared memory of a block is gone when its last thread returns. This write is meant for TSan to see: an access by
-// another block of the cluster that no cluster_sync puts before the return is a race with it.
+// The shared memory of a block ends when its last thread returns. This write makes TSan report an access by another
+// block of the cluster that no cluster_sync orders before the return.
 inline void close_shared_memory(Block& block) {
   acquire(&block.exit_fence);
   std::memset(block.shared.get(), kPoison, state().launch.shared_bytes);
   poison_memory(block.shared.get(), state().launch.shared_bytes);
 }
 
-// The bottom of a fiber's stack. An exception of the kernel ends the process here, there being no caller to catch it.
+// The bottom of a fiber's stack. An exception of the kernel ends the process here, because there is no caller.
 __attribute__((no_sanitize("thread"))) inline void thread_main() noexcept {
   State& s = state();
 #ifdef __SANITIZE_ADDRESS__
@@ -537,8 +536,8 @@ __attribute__((no_sanitize("thread"))) inline void thread_main() noexcept {
 }
 
 #ifdef __SANITIZE_THREAD__
-// A new fiber is costly and a destroyed one takes along what its races with later blocks are found by. So fibers are
-// used again, after as many others as the runtime keeps apart.
+// Creating a fiber is slow, and destroying one loses the history that reveals its races with later blocks. So fibers
+// are reused, after as many others as the runtime can distinguish.
 inline void* take_fiber(State& s) {
   if (s.fibers_made < kFibers || s.idle_fibers.empty()) {
     ++s.fibers_made;
@@ -550,14 +549,14 @@ inline void* take_fiber(State& s) {
 }
 #endif
 
-// Lets the thread begin at thread_main on a stack without traces of its former user, who may have been abandoned.
+// Starts the thread at thread_main on a clean stack, whose previous user may have been abandoned.
 inline void prepare_stack([[maybe_unused]] State& s, Thread& thread, const Stack& stack) {
   thread.stack = stack.base + kGuardBytes;
   thread.stack_bytes = kStackBytes - kGuardBytes;
   unpoison_memory(thread.stack, thread.stack_bytes);
 #ifdef __SANITIZE_THREAD__
   thread.fiber = take_fiber(s);
-  // The locals of two blocks would race on one stack: new pages have no past.
+  // Locals of two blocks would race on a reused stack; new pages have no history.
   map_stack(stack.base, MAP_FIXED);
   mprotect(stack.base, kGuardBytes, PROT_NONE);
 #endif
@@ -619,7 +618,7 @@ std::string to_string(const V& v) {
 }
 inline std::string to_string(const Site& site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-// One line for each run of neighbouring threads that wait at the same place.
+// One line for each range of consecutive threads that wait at the same place.
 inline std::string describe_waiting(const Block& block) {
   std::vector<const Thread*> threads;
   for (const Warp& warp : block.warps)
@@ -649,12 +648,12 @@ inline std::string describe_failure(const State& s) {
 }
 
 #ifdef __SANITIZE_THREAD__
-// Orders all that the thread did before whatever acquires the end of the launch.
+// Orders everything that the thread did before the end of the launch.
 __attribute__((noinline, no_sanitize("thread"))) inline void retire_fiber(State& s, const Thread& thread) {
   __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
   __tsan_release(&s.end_fence);
   __tsan_switch_to_fiber(s.main.fiber, __tsan_switch_to_fiber_no_sync);
-  if (s.failure.what) {  // abandoned in the depth of the calls it was in
+  if (s.failure.what) {  // abandoned inside its calls
     --s.fibers_made;
     __tsan_destroy_fiber(thread.fiber);
   } else {
@@ -663,7 +662,7 @@ __attribute__((noinline, no_sanitize("thread"))) inline void retire_fiber(State&
 }
 #endif
 
-// Runs the cluster that begins at this block. Throws what has failed in it.
+// Runs the cluster that starts at this block. Throws its first error.
 inline void run_cluster(State& s, uint3 first) {
   const int size = s.launch.cluster_size;
   s.cluster = std::make_unique<Cluster>(size);
@@ -722,7 +721,7 @@ inline void run(const Launch& launch) {
   const uint64_t columns = launch.grid.x / launch.cluster_size, rows = launch.grid.y;
   const uint64_t clusters = columns * rows * launch.grid.z;
   for (uint64_t i = 0; i < clusters; ++i) {
-    const uint64_t c = s.schedule == kLastIn ? clusters - 1 - i : i;  // a kernel may not count on the order of blocks
+    const uint64_t c = s.schedule == kLastIn ? clusters - 1 - i : i;  // a kernel must not rely on the order of blocks
     const uint64_t x = c % columns * launch.cluster_size, y = c / columns % rows, z = c / columns / rows;
     run_cluster(s, {unsigned(x), unsigned(y), unsigned(z)});
   }
@@ -737,7 +736,7 @@ inline int cluster_rank() { return detail::current().block->rank; }
 
 inline int cluster_size() { return static_cast<int>(detail::state().cluster->blocks.size()); }
 
-// The address, in the block of this rank, of what p is in the caller's shared memory.
+// Maps an address in the caller's shared memory to the block of the given rank.
 inline void* cluster_map(void* p, int rank, detail::Site site = detail::Site::here()) {
   const size_t offset = static_cast<unsigned char*>(p) - dynamic_shared_memory();
   if (rank < 0 || rank >= cluster_size()) detail::stop("cluster_map to a rank outside the cluster", site);
@@ -750,8 +749,8 @@ inline void cluster_sync(detail::Site site = detail::Site::here()) {
   detail::meet_barrier(detail::Primitive::kClusterSync, detail::state().cluster->barrier, site);
 }
 
-// For all launches from now on. 0: first in, first out. 1: last in, first out, blocks backwards. 2: a random thread of
-// those that can run. 3: warps of random priorities, so that one runs far ahead of the others.
+// For all following launches. 0: first in, first out. 1: last in, first out, blocks backwards. 2: a random ready
+// thread. 3: random priorities of warps, so that one runs far ahead of the others.
 inline void set_schedule(int schedule, uint64_t seed) {
   if (schedule < 0 || schedule >= detail::kSchedules)
     throw Error("schedules are 0 to 3, got " + std::to_string(schedule));

@@ -1,5 +1,5 @@
-// Tiny kernels, right and wrong, that show what the emulator sees. test_emulator.py builds this file plain and with
-// sanitizers, runs one case a process and holds the outcome against what must be seen.
+// Tiny correct and incorrect kernels that show what the emulator detects. test_emulator.py builds this file with and
+// without sanitizers, runs one case per process and compares the outcome with what must be detected.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -122,7 +122,7 @@ void partial() {
   say(right);
 }
 
-// Each thread writes into the next block of its ring and reads what the one before wrote.
+// Each thread writes to the next block of its ring and reads what the previous one wrote.
 template <bool kStay>
 void ring(float* out) {
   float* s = shared_floats();
@@ -149,7 +149,7 @@ void cluster() {
   say(right);
 }
 
-// Between two barriers that are there, one is not.
+// One of three barriers is missing.
 void missing_syncthreads() {
   std::vector<float> out(64);
   emulator::launch(1, 64, 64 * sizeof(float), 1, [&] {
@@ -165,7 +165,7 @@ void missing_syncthreads() {
   say(right);
 }
 
-// The shuffle makes every schedule do the right thing, though nothing orders the accesses.
+// The shuffle makes the result right in every schedule, although nothing orders the accesses.
 void missing_syncwarp() {
   bool right = true;
   for_schedules([&] {
