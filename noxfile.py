@@ -32,7 +32,8 @@ CUDA_BUILD = ROOT / ".nox" / "cuda-build"  # beside the environment of the sessi
 PACKAGES = sorted(
     (path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")), key=lambda name: (name != "gspn-core", name)
 )
-TEST_TOOLS = ("pytest>=8", "mypy==2.4.1", "types-PyYAML")  # beside what the packages name in their extra `test`
+# Beside what the packages name in their extra `test`.
+TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3", "mypy==2.4.1", "types-PyYAML")
 LINT_TOOLS = ("ruff==0.17.5", "clang-format==23.1.5")
 
 
@@ -110,39 +111,46 @@ def _named(session: nox.Session, known: list[str]) -> list[str]:
 # ---- running
 
 
+def _demonstrate(session: nox.Session, name: str, *arguments: str) -> None:
+    session.run(_shared(session), str(ROOT / "demos" / f"{name}.py"), *arguments, *session.posargs, external=True)
+
+
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Train a small classifier on the CPU and write its figures to demo-output."""
-    session.run(_shared(session), "-m", "gspn_vision.demo", "--out", "demo-output", *session.posargs, external=True)
+    _demonstrate(session, "vision_digits", "--out", "demo-output")
 
 
 @nox.session(venv_backend="none")
 def demo_dit(session: nox.Session) -> None:
     """Train a classifier and a diffusion model on digits, draw digits and measure them; to demo-dit-output."""
-    python = _shared(session)
-    out, classifier = Path("demo-dit-output"), Path("demo-dit-output") / "classifier"
+    _shared(session)
+    out = Path("demo-dit-output")
+    classifier = out / "classifier"
     train = (_executable(SHARED, "gspn-vision"), "train", "--config", "gspn2_nano_digits", "--out", str(classifier))
     session.run(*train, external=True)
-    command = ("-m", "gspn_dit.demo", "--classifier", str(classifier), "--out", str(out))
-    session.run(python, *command, *session.posargs, external=True)
+    _demonstrate(session, "dit_digits", "--classifier", str(classifier / "model"), "--out", str(out))
 
 
 @nox.session(venv_backend="none")
 def demo_t2i(session: nox.Session) -> None:
     """Train a tiny Stable Diffusion on digits, distil it into GSPN-2, draw, enlarge and measure; to demo-t2i-output."""
-    session.run(_shared(session), "-m", "gspn_t2i.demo", "--out", "demo-t2i-output", *session.posargs, external=True)
+    _demonstrate(session, "t2i_digits", "--out", "demo-t2i-output")
 
 
 @nox.session(venv_backend="none")
 def test(session: nox.Session) -> None:
-    """Run the tests of every package and of tools, or of those named after --."""
-    names = _named(session, [*PACKAGES, "tools"])
+    """Run the tests of every package, of demos and of tools, or of those named after --.
+
+    A file's tests run in one process, and each process computes in one thread: so two cores have two of them.
+    """
+    names = _named(session, [*PACKAGES, "demos", "tools"])
     python = _shared(session)
+    processes = min(4, os.cpu_count() or 1)
+    parallel = ("-n", str(processes), "--dist", "loadfile") if processes > 1 else ()
     for name in names:
-        folder = "tools" if name == "tools" else f"packages/{name}"
-        if any((ROOT / folder / "tests").glob("test_*.py")):
-            with session.chdir(folder):
-                session.run(python, "-m", "pytest", external=True)
+        with session.chdir(f"packages/{name}" if name in PACKAGES else name):
+            session.run(python, "-m", "pytest", *parallel, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -174,6 +182,7 @@ def lint(session: nox.Session) -> None:
     ]
     session.run("clang-format", "--dry-run", "-Werror", *sources)
     session.run("python", "tools/check_versions.py")
+    session.run("python", "tools/check_duplicates.py")
 
 
 @nox.session(venv_backend="none")
@@ -185,6 +194,7 @@ def typecheck(session: nox.Session) -> None:
         if name != "gspn-core":
             session.run(python, "-m", "mypy", f"packages/{name}/src", external=True)
     session.run(python, "-m", "mypy", "tools", external=True)
+    session.run(python, "-m", "mypy", *map(str, sorted((ROOT / "demos").glob("*.py"))), external=True)
 
 
 @nox.session(venv_backend="none")

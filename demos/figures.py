@@ -11,24 +11,22 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from .logs import read_table
+from gspn_core.runs.logs import read_table
 
 
 def training_curve(run: Path, path: str | Path, title: str) -> None:
-    """Draw the losses and the accuracy of a run's `epochs.csv`."""
-    rows = read_table(run / "epochs.csv")
-    measured = [row for row in rows if row["top1"]]
+    """Draw the losses and the accuracy of a run's `train.csv` and `validation.csv`."""
+    rows, measured = read_table(run / "train.csv"), read_table(run / "validation.csv")
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [int(row["epoch"]) for row in rows]
-    at = [int(row["epoch"]) for row in measured]
-    left.plot(epochs, [float(row["train_loss"]) for row in rows], label="training")
-    left.plot(at, [float(row["validation_loss"]) for row in measured], "o-", ms=3, label="validation")
-    left.set(xlabel="epoch", ylabel="cross-entropy", title="loss")
+    at = [int(row["step"]) for row in measured]
+    left.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], label="training")
+    left.plot(at, [float(row["loss"]) for row in measured], "o-", ms=3, label="validation")
+    left.set(xlabel="update", ylabel="cross-entropy", title="loss")
     left.legend()
     top1 = [float(row["top1"]) for row in measured]
     right.plot(at, top1, "o-", ms=3, color="tab:green")
-    right.set(xlabel="epoch", ylabel="top-1 (%)", title=f"validation accuracy, best {max(top1):.2f}%")
+    right.set(xlabel="update", ylabel="top-1 (%)", title=f"validation accuracy, best {max(top1):.2f}%")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)

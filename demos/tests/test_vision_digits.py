@@ -1,11 +1,10 @@
 import pytest
 from PIL import Image
-
-from gspn_vision import demo
+from vision_digits import main, run
 
 
 def test_the_demo_learns_and_draws(tmp_path, capsys):
-    files = demo.run(tmp_path, epochs=3)
+    files = run(tmp_path, epochs=3)
     out = capsys.readouterr().out
     assert out.startswith("gspn2_nano, ")
     recognised = float(out.split(" s: ")[1].split("%")[0])
@@ -23,7 +22,7 @@ def test_the_demo_learns_and_draws(tmp_path, capsys):
 
 def test_its_options(capsys):
     with pytest.raises(SystemExit) as stopped:
-        demo.main(["--help"])
+        main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--out", "--preset", "--epochs"))
+    assert all(option in text for option in ("--out", "--config", "--epochs"))

@@ -71,7 +71,7 @@ def test_train_sample_and_evaluate(tmp_path, capsys):
     assert json.loads((samples / "labels.json").read_text()) == [3, 5] * 6
     code, out, err = run(
         capsys,
-        *("evaluate", "--images", samples / "samples.npz", "--reference", "digits:0:50", "--no-progress"),
+        *("evaluate", "--samples", samples / "samples.npz", "--reference", "digits:0:50", "--no-progress"),
         *("--extractor", "timm:test_resnet", "--extractor-weights", tmp_path / "none", "--metrics", "fid"),
     )
     assert code == 2

@@ -363,7 +363,7 @@ def test_extractor_import_registers_models(tmp_path: Path, monkeypatch: pytest.M
 def test_figures_of_inception(fake: Fake, samples: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_folder(tmp_path / "reference", images(40, seed=1))
     options = {"precision_reference": 25, "inception_split": 10, "batch_size": 7, "device": "cpu", "progress": False}
-    found = evaluate(EvaluateConfig(images=samples, reference=str(folder), neighbors=2, **options))
+    found = evaluate(EvaluateConfig(samples=samples, reference=str(folder), neighbors=2, **options))
     a, b = features_of(samples), features_of(str(folder))
     score = inception_score(a.logits, 10)
     near = precision_recall(a.pool, b.pool[:25], 2)
@@ -378,7 +378,7 @@ def test_figures_of_inception(fake: Fake, samples: str, tmp_path: Path, capsys: 
             "precision": near.precision,
             "recall": near.recall,
             "accuracy": None,
-            "images": 30,
+            "samples": 30,
             "references": 40,
             "extractor": "inception",
         },
@@ -400,7 +400,7 @@ def test_adm_reference(fake: Fake, samples: str, tmp_path: Path, capsys: pytest.
         arrays["arr_0"] = few
     np.savez(tmp_path / "reference.npz", **arrays)
     config = EvaluateConfig(
-        images=samples, reference=str(tmp_path / "reference.npz"), device="cpu", progress=False, precision_reference=9
+        samples=samples, reference=str(tmp_path / "reference.npz"), device="cpu", progress=False, precision_reference=9
     )
     found = evaluate(config)
     a = features_of(samples)
@@ -429,7 +429,7 @@ def test_adm_reference(fake: Fake, samples: str, tmp_path: Path, capsys: pytest.
 def test_statistics_of_other_features(fake: Fake, samples: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", mu=np.zeros(5), sigma=np.eye(5))
     config = EvaluateConfig(
-        images=samples, reference=str(tmp_path / "reference.npz"), device="cpu", progress=False, metrics=("fid",)
+        samples=samples, reference=str(tmp_path / "reference.npz"), device="cpu", progress=False, metrics=("fid",)
     )
     with pytest.raises(ValueError, match=r"statistics must be of \(4,\) and \(4, 4\), got \(5,\)"):
         evaluate(config)
@@ -452,13 +452,13 @@ def test_timm_figures_and_accuracy(
     (tmp_path / "labels.json").write_text(json.dumps(labels.tolist()))
     digits = read_all("digits:0:40").transpose(0, 2, 3, 1)
     np.savez(tmp_path / "reference.npz", arr_0=digits, mu=np.zeros(2048), sigma=np.eye(2048))
-    options = {"labels": str(tmp_path / "labels.json"), "images": samples, **classifier}
+    options = {"labels": str(tmp_path / "labels.json"), "samples": samples, **classifier}
     found = evaluate(EvaluateConfig(reference="digits:0:40", **options))
     assert found["accuracy"] == pytest.approx(24 / 30) and found["sfid"] is None
     assert found["fid"] == pytest.approx(frechet_distance(moments(a.pool), moments(b.pool)), rel=1e-4)
     errors = capsys.readouterr().err
     assert "sfid is left out: timm:test_resnet has no spatial features" in errors
-    assert f"fid is biased, its covariance singular: 30 images, {a.pool.shape[1]} features" in errors
+    assert f"fid is biased, its covariance singular: 30 samples, {a.pool.shape[1]} features" in errors
     assert evaluate(EvaluateConfig(reference=str(tmp_path / "reference.npz"), **options)) == found
 
     (tmp_path / "labels.json").write_text(json.dumps([10] * 30))
@@ -471,7 +471,7 @@ def test_folder_and_npz_give_the_same_figures(classifier: dict, tmp_path: Path) 
     np.savez(tmp_path / "samples.npz", arr_0=pixels[..., 0])
     folder = write_folder(tmp_path / "folder", pixels)
     found = [
-        evaluate(EvaluateConfig(images=str(source), reference="digits:0:12", **classifier))
+        evaluate(EvaluateConfig(samples=str(source), reference="digits:0:12", **classifier))
         for source in (tmp_path / "samples.npz", folder)
     ]
     assert found[0] == found[1]
@@ -485,7 +485,7 @@ def rows_of(table: Path) -> list[dict[str, str]]:
 def test_table_and_record(fake: Fake, samples: str, tmp_path: Path) -> None:
     table, record = tmp_path / "new" / "table.csv", tmp_path / "new" / "record.json"
     config = EvaluateConfig(
-        images=samples,
+        samples=samples,
         reference=samples,
         metrics=("fid", "precision"),
         device="cpu",
@@ -497,18 +497,18 @@ def test_table_and_record(fake: Fake, samples: str, tmp_path: Path) -> None:
     evaluate(dataclasses.replace(config, metrics=("inception_score",)))
     first, second = rows_of(table)
     assert tuple(first) == COLUMNS
-    assert first["date"].endswith("+00:00") and first["images"] == first["reference"] == samples
+    assert first["date"].endswith("+00:00") and first["samples"] == first["reference"] == samples
     assert (float(first["fid"]), float(first["precision"])) == (found["fid"], 1.0)
-    assert (first["image_count"], first["reference_count"], first["extractor"]) == ("30", "30", "inception")
+    assert (first["sample_count"], first["reference_count"], first["extractor"]) == ("30", "30", "inception")
     assert first["recall"] == first["sfid"] == first["inception_score"] == second["fid"] == ""
     assert float(second["inception_score"]) > 1
     saved = json.loads(record.read_text())
-    assert saved["config"]["metrics"] == ["inception_score"] and saved["images"] == 30
+    assert saved["config"]["metrics"] == ["inception_score"] and saved["samples"] == 30
 
     before = table.read_text()
     monkey = "date,fid\n2020,1\n"
     table.write_text(monkey)
-    with pytest.raises(ValueError, match=r"table\.csv must have the columns date, images.*got date, fid"):
+    with pytest.raises(ValueError, match=r"table\.csv must have the columns date, samples.*got date, fid"):
         evaluate(config)
     assert table.read_text() == monkey
     table.write_text(before.rstrip("\n"))  # as an editor may leave it
@@ -521,22 +521,22 @@ def test_table_and_record(fake: Fake, samples: str, tmp_path: Path) -> None:
     [
         ({"metrics": ("fid", "kid")}, r"metrics must be some of fid, .* got \['kid'\]"),
         ({"metrics": ()}, "metrics must be some of .* got none"),
-        ({"images": "digits:0:1"}, "images: digits:0:1 must hold at least 2 images, got 1"),
+        ({"samples": "digits:0:1"}, "samples: digits:0:1 must hold at least 2 images, got 1"),
         ({"neighbors": 6}, "neighbors must be at least 1 and below the number of references, 6, got 6"),
-        ({"neighbors": 30, "precision_reference": 40, "reference": "digits"}, "number of images, 30, got 30"),
+        ({"neighbors": 30, "precision_reference": 40, "reference": "digits"}, "number of samples, 30, got 30"),
         ({"reference": "digits:0:1", "metrics": ("fid",)}, "N of at least 2"),
     ],
 )
 def test_evaluate_refuses(fake: Fake, samples: str, options: dict, message: str) -> None:
-    defaults = {"images": samples, "reference": "digits:0:6", "device": "cpu", "progress": False}
+    defaults = {"samples": samples, "reference": "digits:0:6", "device": "cpu", "progress": False}
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluateConfig(**{**defaults, **options}))
 
 
 def test_progress_bar(fake: Fake, samples: str, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(EvaluateConfig(images=samples, reference=samples, metrics=("fid",), device="cpu", progress=True))
+    evaluate(EvaluateConfig(samples=samples, reference=samples, metrics=("fid",), device="cpu", progress=True))
     errors = capsys.readouterr().err
-    assert "images" in errors and "references" in errors and "/30" in errors
+    assert "samples" in errors and "references" in errors and "/30" in errors
 
 
 SCRIPT = """
@@ -572,7 +572,7 @@ def test_two_processes_give_the_figures_of_one(classifier: dict, tmp_path: Path)
     np.savez(tmp_path / "samples.npz", arr_0=images(37, channels=1))
     (tmp_path / "labels.json").write_text(json.dumps([index % 10 for index in range(37)]))
     options = {
-        "images": str(tmp_path / "samples.npz"),
+        "samples": str(tmp_path / "samples.npz"),
         "reference": "digits:0:41",
         "labels": str(tmp_path / "labels.json"),
         "batch_size": 8,
@@ -585,7 +585,7 @@ def test_two_processes_give_the_figures_of_one(classifier: dict, tmp_path: Path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), json.dumps(options), options["images"]],
+        [*launch, str(tmp_path / "script.py"), json.dumps(options), options["samples"]],
         env=environment,
         capture_output=True,
         text=True,

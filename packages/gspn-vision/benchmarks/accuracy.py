@@ -2,7 +2,7 @@
 
     python packages/gspn-vision/benchmarks/accuracy.py --out runs/accuracy
 
-Every run is that of the preset gspn2_nano_digits but for the model. A run that was done is not done again. Prints a
+Every run is that of the configuration gspn2_nano_digits but for the model. A run that was done is not done again. Prints a
 Markdown table with mean and standard deviation of the last top-1 accuracy, and writes it beside the results as JSON.
 """
 
@@ -18,8 +18,10 @@ from typing import Any
 import timm
 import torch
 
-from gspn_vision import __version__, checkpoint
-from gspn_vision.config import from_arguments
+from gspn_core.runs.files import write_json
+from gspn_core.runs.options import make, read_config
+from gspn_vision import __version__
+from gspn_vision.config import CONFIGS, TrainConfig
 from gspn_vision.train import train
 
 # Constructor arguments that give each about 770,000 parameters for ten classes of grey 32x32 images. The patch and the
@@ -46,10 +48,10 @@ def parameters(name: str, kwargs: dict[str, Any]) -> int:
 def run(name: str, kwargs: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """Train one model from one seed, or read what was found before."""
     options = {"model": name, "model_kwargs": kwargs, "seed": seed, "out": str(folder), "tensorboard": False}
-    summary = train(from_arguments("gspn2_nano_digits", options))
+    summary = train(make(TrainConfig, read_config("gspn2_nano_digits", CONFIGS) | options))
     seconds = folder / "seconds.json"
     if not seconds.exists():
-        checkpoint.write_atomically(seconds, json.dumps(summary["seconds"]))
+        write_json(seconds, summary["seconds"])
     return {"seed": seed, "top1": summary["top1"], "seconds": json.loads(seconds.read_text())}
 
 
@@ -65,7 +67,7 @@ def main() -> None:
         results.append({"model": label, "timm": name, "parameters": parameters(name, kwargs), "runs": runs})
     about = {"torch": torch.__version__, "timm": timm.__version__, "gspn_vision": __version__}
     about |= {"threads": torch.get_num_threads(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    checkpoint.write_atomically(arguments.out / "results.json", json.dumps({**about, "results": results}, indent=1))
+    write_json(arguments.out / "results.json", {**about, "results": results})
     print("| model | parameters | top-1 (%), mean ± standard deviation | seeds |\n|---|---|---|---|")
     for result in results:
         top1 = [found["top1"] for found in result["runs"]]

@@ -207,10 +207,10 @@ class EvaluateConfig:
     """Every option of `gspn-dit evaluate`.
 
     Args:
-        images: .npz with `arr_0`, uint8 (N, H, W, 1 or 3) or (N, H, W), or a folder of PNG and JPEG files
+        samples: .npz with `arr_0`, uint8 (N, H, W, 1 or 3) or (N, H, W), or a folder of PNG and JPEG files
         reference: the same, `digits` or `digits:FIRST:END`; an .npz may hold the statistics mu, sigma, mu_s, sigma_s
             of Inception beside the images or in their place
-        labels: classes that the images were asked for, in their order (of a folder: of the sorted paths): a JSON
+        labels: classes that the samples were asked for, in their order (of a folder: of the sorted paths): a JSON
             list, an .npy, or an .npz with `labels`
         extractor: `inception`, or `timm:NAME` for any timm model; `timm:local-dir:FOLDER` for a saved one
         extractor_weights: local file; otherwise the extractor's own weights are read or downloaded
@@ -230,7 +230,7 @@ class EvaluateConfig:
         progress: show progress bars
     """
 
-    images: str
+    samples: str
     reference: str
     labels: str | None = None
     extractor: str = "inception"

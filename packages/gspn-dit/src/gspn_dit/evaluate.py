@@ -36,7 +36,7 @@ from .metrics import (
 from .sources import open_batches, open_reference
 
 FIGURES = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "accuracy")
-COLUMNS = ("date", "images", "reference", "extractor", "image_count", "reference_count", *FIGURES)
+COLUMNS = ("date", "samples", "reference", "extractor", "sample_count", "reference_count", *FIGURES)
 # The features that a metric is of.
 FIELDS: dict[str, str] = {
     **dict.fromkeys(("fid", "precision", "recall"), "pool"),
@@ -46,7 +46,7 @@ FIELDS: dict[str, str] = {
 
 
 def read_labels(source: str, count: int) -> Tensor:
-    """Read one class per image from a JSON list, an .npy, or the key `labels` of an .npz: (N,) int64.
+    """Read one class per sample from a JSON list, an .npy, or the key `labels` of an .npz: (N,) int64.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -100,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         On the main process, the figures (None: not asked for, or left out with a notice on stderr), and the counts of
-        `images` and `references`, the latter None of statistics alone, and the `extractor`. On others, nothing.
+        `samples` and `references`, the latter None of statistics alone, and the `extractor`. On others, nothing.
 
     Raises:
         FileNotFoundError: a file, or the extractor's weights, cannot be had.
@@ -111,10 +111,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {unknown or 'none'}")
     if config.csv is not None:
         append_row(Path(config.csv), None)  # refuses before the work
-    images = open_batches(config.images)
-    if len(images) < 2:
-        raise ValueError(f"images: {config.images} must hold at least 2 images, got {len(images)}")
-    labels = None if config.labels is None else read_labels(config.labels, len(images))
+    samples = open_batches(config.samples)
+    if len(samples) < 2:
+        raise ValueError(f"samples: {config.samples} must hold at least 2 images, got {len(samples)}")
+    labels = None if config.labels is None else read_labels(config.labels, len(samples))
     state = PartialState(cpu=use_cpu(config.device))
     device = state.device if config.device == "auto" else torch.device("cpu")
     with state.local_main_process_first():  # which alone downloads
@@ -138,7 +138,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     reference_count = len(references) if references is not None and reference_fields else 0
     if references is not None and {"precision", "recall"} & wanted:
         near = min(config.precision_reference, len(references))
-        check_neighbors(config.neighbors, images=len(images), references=near)
+        check_neighbors(config.neighbors, samples=len(samples), references=near)
         reference_fields.add("pool")
         reference_count = max(reference_count, near)
 
@@ -146,7 +146,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         bar = title if config.progress and state.is_main_process else None
         return extract(extractor, batches, count, fields, config.batch_size, state, device, bar)
 
-    features = features_of(images, len(images), fields, "images")
+    features = features_of(samples, len(samples), fields, "samples")
     known = {}
     if references is not None and reference_count:
         known = features_of(references, reference_count, reference_fields, "references")
@@ -154,7 +154,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return {}
     result: dict[str, Any] = {
         **_figures(config, wanted, features, known, statistics, labels, device),
-        "images": len(images),
+        "samples": len(samples),
         "references": None if references is None else len(references),
         "extractor": config.extractor,
     }
@@ -171,13 +171,13 @@ def _figures(
     labels: Tensor | None,
     device: torch.device,
 ) -> dict[str, float | None]:
-    """The figures, from features of the images, those known of references, and statistics of references."""
+    """The figures, from features of the samples, those known of references, and statistics of references."""
     figures: dict[str, float | None] = dict.fromkeys(FIGURES)
     for metric in ("fid", "sfid"):
         if metric in wanted:
             rows = features[FIELDS[metric]]
             if len(rows) <= rows.shape[1]:
-                _notice(f"{metric} is biased, its covariance singular: {len(rows)} images, {rows.shape[1]} features")
+                _notice(f"{metric} is biased, its covariance singular: {len(rows)} samples, {rows.shape[1]} features")
             target = statistics[metric] if metric in statistics else moments(known[FIELDS[metric]])
             figures[metric] = frechet_distance(moments(rows), target)
     if {"precision", "recall"} & wanted:
@@ -225,8 +225,8 @@ def _computable(
 def _record(config: EvaluateConfig, result: dict[str, Any]) -> None:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     if config.csv is not None:
-        paths = {"date": date, "images": config.images, "reference": config.reference}
-        counts = {"image_count": result["images"], "reference_count": result["references"]}
+        paths = {"date": date, "samples": config.samples, "reference": config.reference}
+        counts = {"sample_count": result["samples"], "reference_count": result["references"]}
         append_row(
             Path(config.csv), {**paths, "extractor": config.extractor, **counts, **{f: result[f] for f in FIGURES}}
         )
