@@ -22,7 +22,11 @@ COMMANDS = {
         resumable=True,
     ),
     "train": Command(
-        "gspn_dit.config:TrainConfig", "gspn_dit.train:train", "train a model, or continue a run", resumable=True
+        "gspn_dit.config:TrainConfig",
+        "gspn_dit.train:train",
+        "train a model, or continue a run",
+        resumable=True,
+        shipped=True,
     ),
     "sample": Command(
         "gspn_dit.config:SampleConfig",

@@ -5,17 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from gspn_core.runs.options import (
-    Device,
-    ImageSize,
-    LRSchedule,
-    Precision,
-    Resume,
-    Unreadable,
-    configs_folder,
-)
+from gspn_core.runs.options import Device, ImageSize, Precision, TrainingOptions, Unreadable, configs_folder
 
 CONFIGS = configs_folder(__file__)
 
@@ -64,97 +56,51 @@ class ExtractConfig:
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class TrainConfig:
+class TrainConfig(TrainingOptions):
     """Every option of `gspn-dit train`.
 
     Args:
         model: architecture, such as GSPN-XL/2, or GSPN2-XL/2 with GSPN-2 mixers
         model_kwargs: constructor arguments that differ from the architecture's, such as {hidden_size: 128}
         objective: predict noise and its variance, or the velocity of a straight path (flow matching)
-        start_from: weights to begin with, a run, a checkpoint or a diffusers folder
         data: folder that `gspn-dit extract` wrote, or, to train on pixels, `digits` (scikit-learn's), a folder with a
             subfolder per class or any Hugging Face image data set
         split: of a data set of images; null is train, or the only one
         image_size: height and width of the pixels trained on; null for digits, which are 8x8, and for features
-        unreadable: stop at an image that cannot be read, or skip it, the next one taking its place
-        hflip: probability of mirroring a training image
         vae: diffusers VAE of the features, to decode samples during training; checked against the features
         out: folder of the run
-        resume: continue from the newest checkpoint in `out`, or refuse to if there is one
         steps: updates of the weights
-        batch_size: images per process and forward pass
-        accumulate: forward passes per update
-        lr: peak learning rate of AdamW
-        min_lr: learning rate at the end
-        lr_schedule: course of the learning rate after the warm-up
         warmup_steps: updates of linear warm-up
-        weight_decay: of AdamW
-        clip_grad: largest norm of the gradient; null does not clip
-        ema_decay: decay of the averaged weights; null keeps none
-        ema_warmup: raise the decay from 0.1 in the first updates
         label_dropout: share of labels replaced by the null class, for classifier-free guidance
-        precision: of the forward passes (mixed precision)
         compile: compile the blocks with torch.compile
-        gradient_checkpointing: recompute activations to save memory
-        device: auto takes the accelerator if any
-        seed: everything random is a function of it and of counters
-        workers: processes that load data, per process
-        checkpoint_every: updates between checkpoints
-        keep_checkpoints: newest checkpoints kept
-        log_every: updates between rows of the log
         sample_every: updates between grids of samples; null draws none
         sample_count: images in a grid
         sampler_steps: of the sampler
         guidance: scale of classifier-free guidance; 1 is none
-        tensorboard: write TensorBoard logs
-        progress: show progress bars
     """
 
     model: str = "GSPN-B/2"
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: Literal["noise", "flow"] = "noise"
-    start_from: str | None = None
     data: str = "digits"
     split: str | None = None
     image_size: ImageSize | None = None
-    unreadable: Unreadable = "stop"
-    hflip: ClosedUnitInterval = 0.5
     vae: str | None = None
     out: str = "runs/gspn-dit"
-    resume: Resume = "auto"
     steps: PositiveInt = 400_000
     batch_size: PositiveInt = 256
-    accumulate: PositiveInt = 1
-    lr: PositiveFloat = 1e-4
-    min_lr: NonNegativeFloat = 1e-6
-    lr_schedule: LRSchedule = "cosine"
     warmup_steps: NonNegativeInt = 6_250
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad: PositiveFloat | None = 1.0
-    ema_decay: ClosedUnitInterval | None = 0.9999
-    ema_warmup: bool = True
     label_dropout: ClosedUnitInterval = 0.1
-    precision: Precision = "fp32"
     compile: bool = False
-    gradient_checkpointing: bool = False
-    device: Device = "auto"
-    seed: NonNegativeInt = 0
-    workers: NonNegativeInt = 4
-    checkpoint_every: PositiveInt = 1_000
-    keep_checkpoints: PositiveInt = 2
-    log_every: PositiveInt = 50
     sample_every: PositiveInt | None = 1_000
     sample_count: PositiveInt = 16
     sampler_steps: PositiveInt = 50
     guidance: NonNegativeFloat = 4.0
-    tensorboard: bool = True
-    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}")
+        super().__post_init__()
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)

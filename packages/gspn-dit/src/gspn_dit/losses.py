@@ -96,7 +96,7 @@ class NoiseLoss(nn.Module):
             `loss`, and its terms `mse` and `vlb`, each (N,), in float32.
 
         Raises:
-            ValueError: the output has not twice the channels of x0.
+            ValueError: the output must have 2C channels.
         """
         if output.shape[1] != 2 * x0.shape[1]:
             raise ValueError(f"the model must have {2 * x0.shape[1]} output channels, got {output.shape[1]}")
@@ -153,7 +153,7 @@ class FlowLoss(nn.Module):
         """Compare the model's output (N, C, H, W) with the velocity; returns `loss`, (N,).
 
         Raises:
-            ValueError: the output has not the channels of x0.
+            ValueError: the output must have C channels.
         """
         if output.shape[1] != x0.shape[1]:
             raise ValueError(f"the model must have {x0.shape[1]} output channels, got {output.shape[1]}")

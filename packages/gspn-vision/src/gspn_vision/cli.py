@@ -22,7 +22,11 @@ def _command(name: str, help: str) -> Command:
 
 COMMANDS = {
     "train": Command(
-        "gspn_vision.config:TrainConfig", "gspn_vision.train:train", "train a model, or continue a run", resumable=True
+        "gspn_vision.config:TrainConfig",
+        "gspn_vision.train:train",
+        "train a model, or continue a run",
+        resumable=True,
+        shipped=True,
     ),
     "validate": _command("validate", "measure a checkpoint on a data set"),
     "predict": _command("predict", "name the likeliest classes of images"),

@@ -8,24 +8,28 @@ from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gspn_core.runs.options import (
-    Device,
-    ImageSize,
-    LRSchedule,
-    Precision,
-    Resume,
-    Unreadable,
-    configs_folder,
-)
+from gspn_core.runs.options import Device, ImageSize, Precision, TrainingOptions, Unreadable, configs_folder
 
 CONFIGS = configs_folder(__file__)
 
-Weights = Literal["auto", "ema", "model"]
-Which = Literal["best", "latest"]
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ModelOptions:
+    """Which trained model a command takes.
+
+    Args:
+        checkpoint: a run, a checkpoint or a timm folder
+        which: checkpoint of a run
+        weights: averaged weights or plain ones; auto takes the averaged if there are any
+    """
+
+    checkpoint: str
+    which: Literal["best", "latest"] = "best"
+    weights: Literal["auto", "ema", "model"] = "auto"
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class TrainConfig:
+class TrainConfig(TrainingOptions):
     """Every option of `gspn-vision train`.
 
     Args:
@@ -34,7 +38,6 @@ class TrainConfig:
         in_chans: 1 trains on grey images, 3 on colour
         drop_rate: dropout before the classifier
         drop_path_rate: stochastic depth, at the last block
-        gradient_checkpointing: recompute activations to save memory
         compile: compile the model with torch.compile
         start_from: weights to begin with, a run, a checkpoint, a timm folder or a file of weights; a head of other
             classes starts afresh
@@ -45,8 +48,6 @@ class TrainConfig:
         train_split: split to train on
         val_split: split to validate on
         download: let the timm data set download itself
-        unreadable: stop at an image that cannot be read, or skip it, the next one taking its place in training
-        workers: processes that load data, per process
         image_size: height and width of the model's input
         mean: mean per channel; null is the model's own
         std: standard deviation per channel; null is the model's own
@@ -56,7 +57,6 @@ class TrainConfig:
         train_crop: random resized crop, or resize keeping the ratio then crop, or then crop or pad
         crop_scale: least and largest area of the random crop
         crop_ratio: least and largest aspect ratio of the random crop
-        hflip: probability of mirroring a training image
         color_jitter: strength; unused with auto_augment
         auto_augment: timm policy such as rand-m9-mstd0.5-inc1
         random_erasing: probability of erasing a rectangle
@@ -65,33 +65,18 @@ class TrainConfig:
         mix_probability: probability of mixup or cutmix per batch
         label_smoothing: label smoothing
         epochs: passes over the training data
-        batch_size: images per process and forward pass
-        accumulate: forward passes per update
         optimizer: timm optimizer name
-        lr: peak learning rate
         lr_batch: reference batch for linear scaling of lr by the images per update; null does not scale
         weight_decay: of matrices and kernels
         layer_decay: factor of the learning rate from each block to the one before it
-        clip_grad: largest norm of the gradient; null does not clip
-        lr_schedule: course of the learning rate after the warm-up
         warmup_epochs: epochs of linear warm-up
-        min_lr: learning rate at the end
-        ema_decay: decay of the averaged weights; null keeps none
-        ema_warmup: raise the decay from 0.1 in the first updates
         mesa: weight of the self-distillation from the averaged weights (MESA); 0 is off
         mesa_start: share of the epochs before it begins
-        precision: of the forward passes (mixed precision)
-        device: auto takes the accelerator if any
         deterministic: only cuDNN kernels that repeat bit for bit
-        seed: everything random is a function of it and of counters
         out: folder of the run; null is runs/MODEL
-        resume: continue from the newest checkpoint in `out`, or refuse to if there is one
         checkpoint_every: updates between checkpoints, beside those at the ends of epochs
         keep_checkpoints: newest checkpoints kept, beside the best
         validate_every: epochs between validations
-        log_every: updates between rows of the log
-        tensorboard: write TensorBoard logs
-        progress: show progress bars
     """
 
     model: str = "gspn2_nano"
@@ -99,17 +84,13 @@ class TrainConfig:
     in_chans: Literal[1, 3] = 3
     drop_rate: ClosedUnitInterval = 0.0
     drop_path_rate: ClosedUnitInterval = 0.0
-    gradient_checkpointing: bool = False
     compile: bool = False
-    start_from: str | None = None
     freeze: list[str] = dataclasses.field(default_factory=list)
     data: str = "digits"
     data_root: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
     download: bool = False
-    unreadable: Unreadable = "stop"
-    workers: NonNegativeInt = 4
     image_size: ImageSize = dataclasses.field(default_factory=lambda: ImageSize(224, 224))
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
@@ -119,7 +100,6 @@ class TrainConfig:
     train_crop: Literal["rrc", "rkrc", "rkrr"] = "rrc"
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333)
-    hflip: ClosedUnitInterval = 0.5
     color_jitter: NonNegativeFloat = 0.4
     auto_augment: str | None = None
     random_erasing: ClosedUnitInterval = 0.0
@@ -128,33 +108,17 @@ class TrainConfig:
     mix_probability: ClosedUnitInterval = 1.0
     label_smoothing: ClosedUnitInterval = 0.0
     epochs: PositiveInt = 300
-    batch_size: PositiveInt = 128
-    accumulate: PositiveInt = 1
     optimizer: str = "adamw"
     lr: PositiveFloat = 1e-3
     lr_batch: PositiveInt | None = None
     weight_decay: NonNegativeFloat = 0.05
     layer_decay: ClosedUnitInterval | None = None
-    clip_grad: PositiveFloat | None = 1.0
-    lr_schedule: LRSchedule = "cosine"
     warmup_epochs: NonNegativeFloat = 5.0
-    min_lr: NonNegativeFloat = 1e-6
-    ema_decay: ClosedUnitInterval | None = 0.9999
-    ema_warmup: bool = True
     mesa: NonNegativeFloat = 0.0
     mesa_start: ClosedUnitInterval = 0.25
-    precision: Precision = "fp32"
-    device: Device = "auto"
     deterministic: bool = True
-    seed: NonNegativeInt = 0
     out: str | None = None
-    resume: Resume = "auto"
-    checkpoint_every: PositiveInt = 1_000
-    keep_checkpoints: PositiveInt = 2
     validate_every: PositiveInt = 1
-    log_every: PositiveInt = 50
-    tensorboard: bool = True
-    progress: bool = True
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -171,6 +135,7 @@ class TrainConfig:
             raise ValueError(f"mesa distils from averaged weights and needs ema_decay, got mesa {self.mesa}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs}")
+        super().__post_init__()
 
     @property
     def folder(self) -> Path:
@@ -179,13 +144,10 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class ValidateConfig:
+class ValidateConfig(ModelOptions):
     """Every option of `gspn-vision validate`.
 
     Args:
-        checkpoint: a run, a checkpoint or a timm folder
-        which: checkpoint of a run
-        weights: averaged weights or plain ones; auto takes the averaged if there are any
         data: data set, as of train; null is the one it was trained with
         data_root: folder that a timm data set is stored in
         split: of the data; null is the validation split
@@ -197,9 +159,6 @@ class ValidateConfig:
         progress: show progress bars
     """
 
-    checkpoint: str
-    which: Which = "best"
-    weights: Weights = "auto"
     data: str | None = None
     data_root: str | None = None
     split: str | None = None
@@ -212,37 +171,28 @@ class ValidateConfig:
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class PredictConfig:
+class PredictConfig(ModelOptions):
     """Every option of `gspn-vision predict`.
 
     Args:
         images: image files, folders of them, or digits:N for number N of scikit-learn's digits
-        checkpoint: a run, a checkpoint or a timm folder
-        which: checkpoint of a run
-        weights: averaged weights or plain ones; auto takes the averaged if there are any
         top: classes per image
         unreadable: stop at an image that cannot be read, or skip it
         device: auto takes the accelerator if any
     """
 
     images: list[str]
-    checkpoint: str
-    which: Which = "best"
-    weights: Weights = "auto"
     top: PositiveInt = 5
     unreadable: Unreadable = "stop"
     device: Device = "auto"
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class VisualizeConfig:
+class VisualizeConfig(ModelOptions):
     """Every option of `gspn-vision visualize`.
 
     Args:
         image: a photograph, or digits:N for number N of scikit-learn's digits
-        checkpoint: a run, a checkpoint or a timm folder
-        which: checkpoint of a run
-        weights: averaged weights or plain ones; auto takes the averaged if there are any
         out: PNG to write
         pixel: row and column in the photograph; null is its centre
         layer: layer to show; null is the first that scans the whole map
@@ -252,9 +202,6 @@ class VisualizeConfig:
     """
 
     image: str
-    checkpoint: str
-    which: Which = "best"
-    weights: Weights = "auto"
     out: str = "propagation.png"
     pixel: tuple[NonNegativeInt, NonNegativeInt] | None = None
     layer: str | None = None
@@ -325,8 +272,8 @@ class ExportConfig:
 
     model: str | None = None
     checkpoint: str | None = None
-    which: Which = "best"
-    weights: Weights = "auto"
+    which: Literal["best", "latest"] = "best"
+    weights: Literal["auto", "ema", "model"] = "auto"
     format: Literal["onnx", "torch"] = "onnx"
     out: str | None = None
     image_size: ImageSize | None = None

@@ -72,7 +72,7 @@ class Folder:
 
     Raises:
         FileNotFoundError: there is no such folder, no class in it, or a class folder has no images.
-        ValueError: a folder is none of class_names.
+        ValueError: a folder is not among class_names.
     """
 
     def __init__(self, root: Path, class_names: Sequence[str] | None = None) -> None:

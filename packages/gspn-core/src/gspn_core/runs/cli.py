@@ -31,6 +31,7 @@ class Command:
         help: one line.
         text: function that turns the result into what people read; by default a line for each value.
         resumable: the same command continues after an interruption.
+        shipped: the shipped configurations are of this command.
     """
 
     options: str
@@ -38,6 +39,7 @@ class Command:
     help: str
     text: str | None = None
     resumable: bool = False
+    shipped: bool = False
 
 
 def _load(name: str) -> Any:
@@ -72,8 +74,13 @@ def _run(
     from .options import parse
 
     name, command = words[0], commands[words[0]]
-    options = [word for word in words[1:] if word != "--json"]
-    config = parse(_load(command.options), options, prog=f"{program} {name}", description=command.help, shipped=shipped)
+    config = parse(
+        _load(command.options),
+        words[1:],
+        prog=f"{program} {name}",
+        description=command.help,
+        shipped=shipped if command.shipped else None,
+    )
     result = _load(command.run)(config)
     if int(os.environ.get("RANK", "0")) == 0:
         render: Callable[[Any], str] = _load(command.text) if command.text else as_lines
@@ -117,7 +124,7 @@ def run(
         description: for `--help`.
         version: for `--version`.
         commands: by name.
-        shipped: folder of configurations that `--config` knows by name.
+        shipped: folder of configurations that `--config` of some commands knows by name.
         argv: the words; those of this process by default.
     """
     words = list(sys.argv[1:] if argv is None else argv)

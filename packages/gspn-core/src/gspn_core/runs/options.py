@@ -20,7 +20,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
-from jsonargparse.typing import register_type
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    register_type,
+)
 
 Config = TypeVar("Config")
 
@@ -73,6 +80,71 @@ class ImageSize:
 register_type(ImageSize, serializer=str, deserializer=ImageSize.parse)
 
 
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class TrainingOptions:
+    """What every training run can be told; an application's own options come on top.
+
+    Args:
+        start_from: weights to begin with, a run, a checkpoint or the folder of a model
+        unreadable: stop at an image that cannot be read, or skip it, the next one taking its place
+        hflip: probability of mirroring a training image
+        workers: processes that load data, per process
+        batch_size: images per process and forward pass
+        accumulate: forward passes per update
+        lr: peak learning rate
+        min_lr: learning rate at the end
+        lr_schedule: course of the learning rate after the warm-up
+        weight_decay: of AdamW
+        clip_grad: largest norm of the gradient; null does not clip
+        ema_decay: decay of the averaged weights; null keeps none
+        ema_warmup: raise the decay from 0.1 in the first updates
+        precision: of the forward passes (mixed precision)
+        gradient_checkpointing: recompute activations to save memory
+        device: auto takes the accelerator if any
+        seed: everything random is a function of it and of counters
+        resume: continue from the newest checkpoint in `out`, or refuse to if there is one
+        checkpoint_every: updates between checkpoints
+        keep_checkpoints: newest checkpoints kept
+        log_every: updates between rows of the log
+        tensorboard: write TensorBoard logs
+        progress: show progress bars
+    """
+
+    start_from: str | None = None
+    unreadable: Unreadable = "stop"
+    hflip: ClosedUnitInterval = 0.5
+    workers: NonNegativeInt = 4
+    batch_size: PositiveInt = 128
+    accumulate: PositiveInt = 1
+    lr: PositiveFloat = 1e-4
+    min_lr: NonNegativeFloat = 1e-6
+    lr_schedule: LRSchedule = "cosine"
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: PositiveFloat | None = 1.0
+    ema_decay: ClosedUnitInterval | None = 0.9999
+    ema_warmup: bool = True
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    device: Device = "auto"
+    seed: NonNegativeInt = 0
+    resume: Resume = "auto"
+    checkpoint_every: PositiveInt = 1_000
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 50
+    tensorboard: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}")
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a dataclass, its own before the inherited ones."""
+    own = vars(kind).get("__annotations__", {})
+    return sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+
+
 def _words_of(hint: Any) -> tuple[Any, int | str | None]:
     """Return the type of one word of an option, and how many words it takes; None: one word that is the value."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -90,7 +162,8 @@ def _words_of(hint: Any) -> tuple[Any, int | str | None]:
 def _help_of(kind: type[Any]) -> dict[str, str]:
     from docstring_parser import parse
 
-    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parse(kind.__doc__ or "").params}
+    entries = [entry for base in reversed(kind.__mro__) for entry in parse(base.__doc__ or "").params]
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
 
 
 def _mended(message: str, names: Sequence[str]) -> str:
@@ -136,7 +209,7 @@ def parser_of(
     names = f", or one of {', '.join(shipped_names(shipped))}" if shipped else ""
     parser.add_argument("--config", action="config", metavar="FILE", help=f"YAML file of options{names}; repeatable")
     hints, helps = typing.get_type_hints(kind), _help_of(kind)
-    for field in dataclasses.fields(kind):
+    for field in _fields(kind):
         if field.default_factory is not dataclasses.MISSING:
             default: Any = field.default_factory()
         else:
@@ -183,6 +256,8 @@ def parse(
         FileNotFoundError: there is no such configuration.
     """
     parser = parser_of(kind, prog=prog, description=description, shipped=shipped)
+    # For the main of all commands, which looks for it itself.
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
     words = list(words)
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
     twice = sorted({name for name in given if given.count(name) > 1} - {"--config"})
@@ -229,7 +304,7 @@ def to_plain(value: Any) -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the options of a dataclass as plain values."""
-    return {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {field.name: to_plain(getattr(config, field.name)) for field in _fields(type(config))}
 
 
 def to_yaml(config: Any) -> str:
