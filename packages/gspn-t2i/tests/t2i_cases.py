@@ -1,10 +1,17 @@
-"""What several test files share: tiny UNets of the two families, and inputs."""
+"""What several test files share: tiny UNets of the two families, their inputs, options, and processes."""
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from gspn_core.runs.options import make
+from gspn_t2i.config import DistillConfig
 from gspn_t2i.tiny import make_unet
 
 
@@ -47,3 +54,46 @@ def inputs(unet: UNet2DConditionModel, height: int = 8, width: int = 8, n: int =
 def run(unet: UNet2DConditionModel, **size: int) -> torch.Tensor:
     with torch.no_grad():
         return unet(**inputs(unet, **size)).sample
+
+
+def distill_options(pipeline: Any, data: Any, out: Any, /, **changes: Any) -> dict[str, Any]:
+    """Options of a short distillation, as of a YAML file."""
+    values: dict[str, Any] = {"pipeline": str(pipeline), "data": str(data), "out": str(out), "image_size": "32x64"}
+    values |= {"steps": 6, "warmup_steps": 2, "batch_size": 4, "workers": 0, "log_every": 2, "checkpoint_every": 3}
+    values |= {"sample_every": None, "ema_decay": 0.9, "lr": 1e-3, "progress": False, "tensorboard": False}
+    return values | changes
+
+
+def distill_config(pipeline: Any, data: Any, out: Any, /, **changes: Any) -> DistillConfig:
+    """The same as a dataclass."""
+    return make(DistillConfig, distill_options(pipeline, data, out, **changes))
+
+
+def environment() -> dict[str, str]:
+    """Environment variables of a process of ours: the last bits of sums depend on the threads."""
+    return os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+def program(*words: Any) -> list[str]:
+    """A command line of gspn-t2i, in a process of its own."""
+    return [sys.executable, "-m", "gspn_t2i.cli", *map(str, words)]
+
+
+def in_two_processes(*words: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command line of Python in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, *map(str, words)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def interrupt(command: list[str], begun: Callable[[], bool], number: int) -> tuple[int, str]:
+    """Start a command, send it a signal when it has begun, and return its status and standard error."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not begun():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors

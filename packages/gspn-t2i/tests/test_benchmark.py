@@ -9,9 +9,14 @@ from t2i_cases import UNETS, inputs, sd_unet
 from torch import nn
 from torch.nn import functional as F
 
-from gspn_t2i import GSPNAdapter, architectures, benchmark, tiny
-from gspn_t2i.benchmark import BenchmarkConfig, parse_size
+from gspn_core.runs.options import make
+from gspn_t2i import GSPNAdapter, architectures, benchmark, cli, tiny
+from gspn_t2i.config import BenchmarkConfig
 from gspn_t2i.counting import count
+
+
+def config(**changes):
+    return make(BenchmarkConfig, {"precision": "fp32", "progress": False, "measure_up_to": 0, **changes})
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -66,50 +71,58 @@ def test_true_architectures(family, parameters):
 
 
 def test_softmax_grows_with_the_square_and_scans_with_the_pixels():
-    options = {"family": "sd15", "sizes": ("1024x1024", "16384x8192"), "measure_up_to": 0, "progress": False}
-    rows = {(row.mixer, row.width): row for row in benchmark.measure(BenchmarkConfig(**options))}
+    options = config(family="sd15", image_sizes=["1024", "16384x8192"])
+    rows = {(row.mixer, row.width): row for row in benchmark.measure(options)}
     assert all(row.seconds is None for row in rows.values())
     pixels = 16384 * 8192 / 1024**2
-    grown = {mixer: rows[mixer, 8192].flops / rows[mixer, 1024].flops for mixer in benchmark.MIXERS}
+    grown = {mixer: rows[mixer, 8192].flops / rows[mixer, 1024].flops for mixer in options.mixers}
     assert grown["softmax"] > 10 * pixels
     assert grown["gspn"] == pytest.approx(pixels, rel=0.05) and grown["gspn2"] == pytest.approx(pixels, rel=0.05)
 
 
-def test_measured(tmp_path, monkeypatch, capsys):
-    """On tiny architectures in place of the true ones, which take gigabytes."""
+@pytest.fixture
+def tiny_models(monkeypatch):
+    """In place of the true architectures, which take gigabytes."""
+    monkeypatch.setattr(architectures, "make_unet", lambda family, **options: UNETS[family]().to(**options))
+    monkeypatch.setattr(architectures, "make_vae", lambda family, **options: tiny.make_vae().to(**options))
 
-    def make_unet(family, *, device, dtype):
-        return sd_unet().to(device=device, dtype=dtype)
 
-    def make_vae(family, *, device, dtype):
-        return tiny.make_vae().to(device=device, dtype=dtype)
-
-    monkeypatch.setattr(architectures, "make_unet", make_unet)
-    monkeypatch.setattr(architectures, "make_vae", make_vae)
-    options = {"family": "sd15", "sizes": ("64x128", "128x128"), "measure_up_to": 64 * 128, "repeats": 1}
-    options |= {"generation": True, "steps": 2}
-    files = {"json": str(tmp_path / "a.json"), "plot": str(tmp_path / "a.png")}
-    rows = benchmark.benchmark(BenchmarkConfig(**options, **files, dtype="float32", progress=False))
-    assert [(row.mixer, row.width, row.height, row.seconds is None) for row in rows[:2]] == [
+def test_measured(tiny_models, tmp_path, capsys):
+    words = ["--family", "sd15", "--image-sizes", "64x128", "128", "--measure-up-to", str(64 * 128), "--repeats", "1"]
+    words += ["--generation", "--sampler-steps", "2", "--precision", "fp32", "--chunk-size", "null", "--no-progress"]
+    files = ["--out", str(tmp_path / "new" / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert cli.main(["benchmark", *words, *files]) == 0
+    text = capsys.readouterr().out
+    assert text.count("not run") == 6 and text.count("GiB") == 24 and "gspn2" in text
+    results = json.loads((tmp_path / "new" / "a.json").read_text())
+    rows = results["rows"]
+    assert [(row["mixer"], row["width"], row["height"], row["seconds"] is None) for row in rows[:2]] == [
         ("softmax", 128, 64, False),
         ("softmax", 128, 128, True),
     ]
-    out = capsys.readouterr().out
-    assert out.count("not run") == 6 and out.count("GiB") == 24 and "gspn2" in out
-    assert all((row.generation_seconds is None) == (row.seconds is None) for row in rows)
-    saved = json.loads((tmp_path / "a.json").read_text())
-    assert len(saved["rows"]) == 6 and saved["versions"]["torch"] == torch.__version__
+    assert all((row["generation_seconds"] is None) == (row["seconds"] is None) for row in rows)
+    assert len(rows) == 6 and results["versions"]["torch"] == torch.__version__
+    assert results["config"]["image_sizes"] == ["64x128", "128x128"] and results["config"]["chunk_size"] is None
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 1000
 
 
+def test_out_of_memory_is_a_row_of_the_table(tiny_models, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    monkeypatch.setattr(benchmark, "_timed", fail)
+    options = config(family="sd15", image_sizes=["64"], mixers=["gspn2"], measure_up_to=64 * 64)
+    result = benchmark.benchmark(options)
+    assert result["rows"][0]["error"] == "out of memory: tried to allocate much"
+    assert "no memory" in benchmark.as_text(result)
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_whole_image(family, monkeypatch):
+def test_a_whole_image(family, tiny_models):
     """Is the steps, with and without the prompt, and the decoding: of one piece, or of tiles side by side."""
-    monkeypatch.setattr(architectures, "make_unet", lambda family, **options: UNETS[family]().to(**options))
-    monkeypatch.setattr(architectures, "make_vae", lambda family, **options: tiny.make_vae().to(**options))
-    sizes = {"family": family, "sizes": ("64x64", "1024x1032"), "mixers": ("softmax",), "measure_up_to": 0}
-    small, large = benchmark.measure(BenchmarkConfig(**sizes, steps=7, dtype="float32", progress=False))
+    options = config(family=family, image_sizes=["64", "1024x1032"], mixers=["softmax"], sampler_steps=7)
+    small, large = benchmark.measure(options)
     vae, latents = tiny.make_vae(), torch.zeros(1, 4, 8, 8)
     decoding = count(vae, lambda: vae.decode(latents))
     assert small.generation_flops == 14 * small.flops + decoding.flops
@@ -127,9 +140,15 @@ def test_true_autoencoders(family):
     assert vae.tile_latent_min_size == {"sd15": 64, "sdxl": 128}[family]
 
 
-@pytest.mark.parametrize("size", ["1024", "1024x", "axb", "0x8", "100x64"])
-def test_wrong_sizes(size):
-    with pytest.raises(ValueError, match="sizes must be"):
-        parse_size(size)
-    with pytest.raises(ValueError, match="sizes must be"):
-        BenchmarkConfig(sizes=(size,))
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"image_sizes": ["100x64"]}, "image_sizes must be multiples of 8, got 100x64"),
+        ({"image_sizes": ["0x8"]}, r"image_sizes.*HEIGHTxWIDTH.*got '0x8'"),
+        ({"mixers": ["mamba"]}, r"mixers.*softmax.*mamba"),
+        ({"mixers": []}, "image_sizes and mixers must not be empty"),
+    ],
+)
+def test_wrong_options(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)

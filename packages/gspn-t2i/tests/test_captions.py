@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from gspn_core.runs.options import ImageSize
 from gspn_t2i.captions import crop, open_captioned
-from gspn_t2i.conditions import INDEX, Encoded, Frozen, Pixels, collate, encode
+from gspn_t2i.conditions import INDEX, SETTINGS, Encoded, Frozen, Pixels, collate, encode
 
 CAPTIONS = ["a temple", "a flower"]
 
@@ -97,10 +98,10 @@ def test_folder_without_images_or_captions(photographs, tmp_path):
         open_captioned(str(folder))
 
 
-def test_what_there_is_not(photographs, tmp_path):
+def test_missing_and_unreadable_data(photographs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no WebDataset shards '.*\*.tar'"):
         open_captioned(str(tmp_path / "*.tar"))
-    with pytest.raises(FileNotFoundError, match=r"cannot be had|no data set 'no-such/set'"):
+    with pytest.raises(FileNotFoundError, match=r"cannot download|no data set 'no-such/set'"):
         open_captioned("no-such/set")
     folder = write_folder(tmp_path / "data", photographs)
     (folder / "1.png").write_bytes(b"no image")
@@ -109,11 +110,16 @@ def test_what_there_is_not(photographs, tmp_path):
         captioned[1]
     with pytest.raises(ValueError, match=r"image_column must be one of image for .*, got 'photo'"):
         open_captioned(str(folder), image_column="photo")
+    pixels = Pixels(captioned, ImageSize(16, 16), skip_unreadable=True)
+    assert [pixels[index].caption for index in (0, 1)] == ["a temple", "a temple"]
+    (folder / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the 2 images can be read"):
+        pixels[0]
 
 
 @pytest.mark.parametrize("size,expected", [((32, 32), (427, 640, 0, 8, 32, 32)), ((48, 96), (427, 640, 8, 0, 48, 96))])
 def test_crop(photographs, size, expected):
-    cut, sizes = crop(photographs[0], size)
+    cut, sizes = crop(photographs[0], ImageSize(*size))
     assert (cut.height, cut.width) == size
     assert sizes == expected
     # The centre of the cut is that of the photograph.
@@ -130,8 +136,8 @@ def frozen(pipeline_folder):
 
 def test_cache(frozen, photographs, tmp_path):
     """What is stored is what would be computed; what is missing is encoded again, what is there is not."""
-    pixels = Pixels(open_captioned(str(write_folder(tmp_path / "data", photographs))), (48, 64))
-    options = {"mirror": True, "batch_size": 2, "progress": False}
+    pixels = Pixels(open_captioned(str(write_folder(tmp_path / "data", photographs))), ImageSize(48, 64))
+    options = {"mirrored": True, "batch_size": 2, "progress": False}
     stored = encode(pixels, frozen, tmp_path / "cache", **options)
     mirrored, noise = torch.tensor([False, True]), torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     now = pixels.encode(collate([pixels[0], pixels[1]]), frozen, mirrored, noise)
@@ -150,12 +156,16 @@ def test_cache(frozen, photographs, tmp_path):
         Encoded(tmp_path / "cache")
     encode(pixels, frozen, tmp_path / "cache", **options)
     other = write_folder(tmp_path / "other", photographs[::-1])  # other images of the same captions
-    with pytest.raises(ValueError, match="holds another cache: data was"):
-        encode(Pixels(open_captioned(str(other)), (48, 64)), frozen, tmp_path / "cache", **options)
-    with pytest.raises(ValueError, match=r"holds another cache: size was \[48, 64\], is \[64, 64\]"):
-        encode(Pixels(pixels.captioned, (64, 64)), frozen, tmp_path / "cache", **options)
+    with pytest.raises(ValueError, match="holds results of other settings: data was"):
+        encode(Pixels(open_captioned(str(other)), ImageSize(48, 64)), frozen, tmp_path / "cache", **options)
+    with pytest.raises(ValueError, match="other settings: image_size was '48x64', is '64x64'"):
+        encode(Pixels(pixels.captioned, ImageSize(64, 64)), frozen, tmp_path / "cache", **options)
     shard.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
+        Encoded(tmp_path / "cache")
+    settings = tmp_path / "cache" / SETTINGS
+    settings.write_text(settings.read_text().replace("cache 2", "cache 1"))
+    with pytest.raises(ValueError, match="must be a cache of the format 'gspn-t2i cache 2', got 'gspn-t2i cache 1'"):
         Encoded(tmp_path / "cache")
     (tmp_path / "cache" / INDEX).unlink()
     with pytest.raises(FileNotFoundError, match="no finished cache"):

@@ -1,4 +1,4 @@
-"""The command line: its options, and what is said of mistakes."""
+"""The command line: its options, its results, and its errors."""
 
 import json
 
@@ -8,23 +8,26 @@ from diffusers import DiffusionPipeline
 from gspn_t2i import cli
 
 OPTIONS = {
-    "distill": "accumulate adapter batch_size bottleneck cache caption_dropout checkpoint_every chunk_size clip_grad "
-    "config data device ema_decay ema_warmup feature_weight gradient_checkpointing image_column init keep_attention "
-    "keep_checkpoints log_every lr lr_schedule mirror mixer noise_weight out pipeline precision progress proxy resume "
-    "sample_every sample_guidance sample_prompts sample_steps seed size snr_gamma split steps teacher_weight "
-    "tensorboard text_column warmup_steps weight_decay workers",
-    "generate": "adapter batch_size config device dtype guidance height images_per_prompt negative_prompt offload out "
-    "pipeline progress prompt prompt_file seed steps vae_tiling width",
-    "upscale": "adapter chunked_feed_forward config cosine_scale_1 cosine_scale_2 demofusion device dilated "
-    "dilated_batch dtype guidance height image layerwise_casting memory negative_prompt offload out pipeline progress "
-    "prompt scale seed sigma skip_residual split_guidance steps steps_from_4k strengths target vae_tiling width",
-    "evaluate": "adapter allow_missing batch_size caption_seed captions clip_config clip_model clip_pretrained config "
-    "count device dtype guidance height images inception_weights metric_batch_size metrics negative_prompt offload "
-    "out pipeline prefix progress reference resolution save_reference seed steps vae_tiling width",
-    "benchmark": "batch chunk_size config device dtype family generation json measure_up_to mixers plot progress "
-    "repeats sizes steps",
-    "tiny": "config family out seed",
+    "distill": "accumulate batch_size bottleneck cache caption_dropout checkpoint_every chunk_size clip_grad data "
+    "device ema_decay ema_warmup feature_weight gradient_checkpointing guidance hflip image_column image_size init "
+    "keep_attention keep_checkpoints log_every lr lr_schedule min_lr mixer noise_weight out pipeline precision "
+    "progress proxy resume sample_every sample_prompts sampler_steps seed snr_gamma split start_from steps "
+    "teacher_weight tensorboard text_column unreadable warmup_steps weight_decay workers",
+    "generate": "adapter batch_size device guidance image_size images_per_prompt negative_prompt offload out pipeline "
+    "precision progress prompt_file prompts sampler_steps seed vae_tiling",
+    "upscale": "adapter chunked_feed_forward cosine_scale_1 cosine_scale_2 demofusion device dilated dilated_batch "
+    "guidance image image_size layerwise_casting memory negative_prompt offload out pipeline precision progress prompt "
+    "sampler_steps sampler_steps_from_4k scale seed sigma skip_residual split_guidance strength_schedule strengths "
+    "target vae_tiling",
+    "evaluate": "adapter allow_missing batch_size caption_seed captions clip_config clip_model clip_pretrained count "
+    "device fid_size guidance image_size inception_weights samples metric_batch_size metrics negative_prompt offload "
+    "out pipeline precision prefix progress reference sampler_steps save_reference seed vae_tiling",
+    "benchmark": "batch_size chunk_size device family generation image_sizes measure_up_to mixers out plot precision "
+    "progress repeats sampler_steps",
+    "tiny": "family out seed",
 }
+SWITCHES = {"allow_missing", "demofusion", "dilated", "ema_warmup", "generation", "gradient_checkpointing"}
+SWITCHES |= {"layerwise_casting", "progress", "skip_residual", "tensorboard"}
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -33,36 +36,45 @@ def test_options(command, capsys):
         cli.main([command, "--help"])
     assert ended.value.code == 0
     words = {word.rstrip(",") for word in capsys.readouterr().out.split() if word.startswith("--")}
-    # A list has a second form, --prompt+, which adds to it.
-    assert {word[2:].rstrip("+") for word in words if "print" not in word} - {"help"} == set(OPTIONS[command].split())
+    names = {word[2:].replace("-", "_") for word in words} - {"help", "config", "print_config", "json"}
+    options = set(OPTIONS[command].split())
+    assert names == options | {f"no_{name}" for name in options & SWITCHES}
 
 
 def test_tiny_then_generate(tmp_path, capsys):
     folder = tmp_path / "pipeline"
     assert cli.main(["tiny", "--family", "sd15", "--out", str(folder)]) == 0
+    assert capsys.readouterr().out == f"folder  {folder}\n"
     assert DiffusionPipeline.from_pretrained(folder).unet.config.cross_attention_dim == 32
-    arguments = ["generate", "--pipeline", str(folder), "--prompt", '["a one", "a two"]', "--steps", "1"]
-    assert cli.main([*arguments, "--images-per-prompt=1", "--out", str(tmp_path / "out"), "--progress", "false"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 2
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    capsys.readouterr()
+    words = ["generate", "--pipeline", str(folder), "--prompts", "a one", "a two", "--sampler-steps", "1"]
+    words += ["--image-size", "64x72", "--images-per-prompt=1", "--out", str(tmp_path / "out"), "--no-progress"]
+    assert cli.main([*words, "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["images"] == 2 and not output.err
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 2
+    assert cli.main(words) == 0
+    assert "\ndrawn    0\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    "words,message",
     [
-        (["--pipeline", "no/such/one", "--prompt", "a"], "no pipeline 'no/such/one'"),
-        (["--pipeline", "x"], "prompt or prompt_file must be given"),
+        (["generate", "--pipeline", "no/such/one", "--prompts", "a"], "no pipeline 'no/such/one'"),
+        (["generate", "--pipeline", "x"], "prompts or prompt_file must be set"),
+        (["generate", "--pipeline", "x", "--promts", "a"], "unknown option '--promts', did you mean '--prompts'?"),
+        (["benchmark", "--image-sizes", "12"], "image_sizes must be multiples of 8, got 12x12"),
+        (["distill", "--config", "sd3"], "no configuration file 'sd3'; shipped are sd15, sdxl"),
+        (["upscale", "--pipeline", "x", "--prompt", "a"], "either scale or target must be set"),
     ],
 )
-def test_mistakes(arguments, message, capsys):
-    assert cli.main(["generate", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("gspn-t2i: error: ") and message in err and err.count("\n") == 1
+def test_errors(words, message, capsys):
+    assert cli.main(words) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("gspn-t2i: error: ") and message in errors and errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["generate", "--stepz", "2"], ["benchmark", "--sizes", "[12]"], ["paint"]])
-def test_mistakes_that_the_parser_sees(arguments, capsys):
+def test_an_unknown_command(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    assert ended.value.code == 2
-    assert arguments[1 if len(arguments) > 1 else 0].lstrip("-") in capsys.readouterr().err
+        cli.main(["paint"])
+    assert ended.value.code == 2 and "paint" in capsys.readouterr().err

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +13,13 @@ import torch_fidelity.feature_extractor_inceptionv3 as fidelity
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits, load_sample_images
+from t2i_cases import in_two_processes
 
 from gspn_t2i import evaluate as module
 from gspn_t2i import metrics
-from gspn_t2i.evaluate import EvaluateConfig, Evaluation, evaluate, read_captions
+from gspn_t2i.config import EvaluateConfig
+from gspn_t2i.evaluate import Evaluation, evaluate
+from gspn_t2i.pairs import read_captions
 
 CAPTIONS = ["a temple", "a flower", "a roof", "a petal", "the sky", "the leaves", "a gate", "a stem"]
 
@@ -56,17 +56,19 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
+    """The file of an InceptionV3 with random weights, scaled so that signals neither die nor grow."""
+    kind = fidelity.FeatureExtractorInceptionV3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = fidelity.FeatureExtractorInceptionV3("random", ["2048"])
+        patch.setattr(kind, "load_state_dict", lambda *arguments: None)
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *arguments, **options: {})
+        untrained = kind("untrained", ["2048"])
     torch.manual_seed(0)
-    for weight in network.parameters():
-        if weight.ndim == 4:  # so that signals neither die nor grow
-            torch.nn.init.kaiming_normal_(weight)
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(network.state_dict(), path)
-    return str(path)
+    convolutions = [weight for weight in untrained.parameters() if weight.ndim == 4]
+    for weight in convolutions:
+        torch.nn.init.kaiming_normal_(weight)
+    file = tmp_path_factory.mktemp("networks") / "inception.pth"
+    torch.save(untrained.state_dict(), file)
+    return str(file)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def options(clip, captions, tmp_path):
     """Options that measure a folder of 8 images against one of 9."""
     reference = write_photos(tmp_path / "reference" / "below", range(9), first=3, form="photo {}.jpg").parent
     return {
-        "images": str(write_photos(tmp_path / "images", range(8))),
+        "samples": str(write_photos(tmp_path / "images", range(8))),
         "reference": str(reference),
         "captions": captions,
         "metrics": ("clip_fid", "clip_t"),
@@ -96,8 +98,8 @@ def embeddings(clip, files, texts=()):
     model, transform = open_clip.create_model_from_pretrained("tiny", clip["clip_pretrained"])
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.no_grad():
-        found = model.eval().encode_image(images).numpy().astype(np.float64)
-        return found, texts and model.encode_text(open_clip.get_tokenizer("tiny")(list(texts))).double().numpy()
+        features = model.eval().encode_image(images).numpy().astype(np.float64)
+        return features, texts and model.encode_text(open_clip.get_tokenizer("tiny")(list(texts))).double().numpy()
 
 
 def mean_cosine(images, texts):
@@ -153,20 +155,22 @@ def test_wrong_captions(tmp_path, name, content, message):
 
 
 def test_figures_of_clip(options, clip, tmp_path):
-    found = evaluate(EvaluateConfig(**options))
+    result = evaluate(EvaluateConfig(**options))
     images, texts = embeddings(
-        clip, sorted(Path(options["images"]).iterdir()), ["A photo depicts " + caption for caption in CAPTIONS]
+        clip, sorted(Path(options["samples"]).iterdir()), ["A photo depicts " + caption for caption in CAPTIONS]
     )
-    assert found["clip_t"] == pytest.approx(mean_cosine(images, texts), abs=1e-5)
+    assert result["clip_t"] == pytest.approx(mean_cosine(images, texts), abs=1e-5)
     references, _ = embeddings(clip, (tmp_path / "reference").rglob("*.jpg"))
     first, second = np.cov(images, rowvar=False), np.cov(references, rowvar=False)
     distance = np.square(images.mean(0) - references.mean(0)).sum() + np.trace(first + second)
     expected = distance - 2 * np.trace(scipy.linalg.sqrtm(first @ second)).real
-    assert found["clip_fid"] == pytest.approx(expected, rel=1e-4)
-    assert (found["images"], found["missing"], found["references"]) == (8, 0, 9)
+    assert result["clip_fid"] == pytest.approx(expected, rel=1e-4)
+    assert (result["images"], result["missing"], result["references"]) == (8, 0, 9)
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert saved == json.loads(json.dumps(found))
+    assert saved == json.loads(json.dumps(result))
     assert saved["settings"]["clip_model"] == "tiny" and "torch" in saved["versions"]
+    text = module.as_text(result).splitlines()
+    assert text[0] == f"clip_fid  {result['clip_fid']:.4f}" and text[2].startswith("8 images, 9 references; see ")
 
 
 def test_pairs_are_made_by_index(options, clip, captions, tmp_path):
@@ -174,34 +178,34 @@ def test_pairs_are_made_by_index(options, clip, captions, tmp_path):
     (folder / "000002.png").unlink()
     (folder / "000004.png").rename(folder / "4.PNG")
     (folder / "notes.png").write_text("no image, and no number")
-    given = options | {"metrics": ("clip_t",), "prefix": "", "reference": None}
-    with pytest.raises(FileNotFoundError, match=r"images: 1 of 8 are missing in .*, the first is 000002.png"):
-        evaluate(EvaluateConfig(**given))
-    found = evaluate(EvaluateConfig(**given, allow_missing=True))
+    measuring = options | {"metrics": ("clip_t",), "prefix": "", "reference": None}
+    with pytest.raises(FileNotFoundError, match=r"samples: 1 of 8 are missing in .*, the first is 000002.png"):
+        evaluate(EvaluateConfig(**measuring))
+    result = evaluate(EvaluateConfig(**measuring, allow_missing=True))
     indices = [0, 1, 3, 4, 5, 6, 7]
     files = [folder / ("4.PNG" if index == 4 else f"{index:06d}.png") for index in indices]
     images, texts = embeddings(clip, files, [CAPTIONS[index] for index in indices])
-    assert found["clip_t"] == pytest.approx(mean_cosine(images, texts), abs=1e-5)
+    assert result["clip_t"] == pytest.approx(mean_cosine(images, texts), abs=1e-5)
     shifted = embeddings(clip, files, CAPTIONS[:7])[1]
-    assert abs(found["clip_t"] - mean_cosine(images, shifted)) > 1e-3
-    assert (found["images"], found["missing"]) == (7, 1)
-    two = evaluate(EvaluateConfig(**given, count=2))
+    assert abs(result["clip_t"] - mean_cosine(images, shifted)) > 1e-3
+    assert (result["images"], result["missing"]) == (7, 1)
+    two = evaluate(EvaluateConfig(**measuring, count=2))
     assert (two["images"], two["clip_t"]) == (2, pytest.approx(mean_cosine(images[:2], texts[:2]), abs=1e-5))
     write_photos(folder, [2, 4, 9])
     with pytest.raises(ValueError, match=r"000004.png and 4.PNG in .* have one index"):
-        evaluate(EvaluateConfig(**given))
+        evaluate(EvaluateConfig(**measuring))
     (folder / "4.PNG").unlink()
     with pytest.raises(ValueError, match=r"000009.png has no caption, .*captions.txt holds 8"):
-        evaluate(EvaluateConfig(**given))
+        evaluate(EvaluateConfig(**measuring))
 
 
 def test_statistics_of_a_reference(options, tmp_path):
     options |= {"metrics": ("clip_fid",), "captions": None}
     file = tmp_path / "new" / "reference.npz"
-    found = evaluate(EvaluateConfig(**options, save_reference=str(file)))
+    result = evaluate(EvaluateConfig(**options, save_reference=str(file)))
     options["reference"] = str(file)
     again = evaluate(EvaluateConfig(**options))
-    assert again["clip_fid"] == found["clip_fid"] and again["references"] is None
+    assert again["clip_fid"] == result["clip_fid"] and again["references"] is None
     with np.load(file) as archive:
         arrays = dict(archive)
     assert (arrays["count"], arrays["clip_model"]) == (9, "tiny")
@@ -230,13 +234,13 @@ def test_images_are_prepared_as_documented(inception_weights, tmp_path):
         with Image.open(file) as image:
             assert image.size == size
             cropped = image.convert("RGB").crop(box).resize((256, 256), Image.Resampling.LANCZOS)
-        found, values = network.prepare(file), torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None].float()
+        prepared, values = network.prepare(file), torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None].float()
         expected = torch.nn.functional.interpolate(values, (299, 299), mode="bicubic", antialias=True)[0]
-        assert found.dtype == torch.float32 and (index != 3 or expected.min() < -0.5)
-        torch.testing.assert_close(found, expected.clamp(0, 255), atol=0.01, rtol=0)
-    assert (found != found.round()).float().mean() > 0.5
+        assert prepared.dtype == torch.float32 and (index != 3 or expected.min() < -0.5)
+        torch.testing.assert_close(prepared, expected.clamp(0, 255), atol=0.01, rtol=0)
+    assert (prepared != prepared.round()).float().mean() > 0.5
     # At 299 torch-fidelity's own resize changes nothing: of whole numbers the features are those of its network.
-    whole = found.round().to(torch.uint8)[None]
+    whole = prepared.round().to(torch.uint8)[None]
     own = fidelity.FeatureExtractorInceptionV3("own", ["2048"], feature_extractor_weights_path=inception_weights)
     with torch.no_grad():
         assert torch.equal(network(whole.float()), own(whole)[0])
@@ -250,11 +254,11 @@ def test_fid(options, inception_weights, monkeypatch, tmp_path, capsys):
         return seen[-1][1]
 
     monkeypatch.setattr(metrics.Inception, "forward", first_features)
-    options |= {"metrics": ("fid",), "captions": None, "resolution": 64, "inception_weights": inception_weights}
+    options |= {"metrics": ("fid",), "captions": None, "fid_size": 64, "inception_weights": inception_weights}
     options["reference"] = str(write_photos(tmp_path / "few", range(4), first=5))
-    found = evaluate(EvaluateConfig(**options, count=3))
+    result = evaluate(EvaluateConfig(**options, count=3))
     images, features = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    files = [*sorted(Path(options["reference"]).iterdir()), *sorted(Path(options["images"]).iterdir())[:3]]
+    files = [*sorted(Path(options["reference"]).iterdir()), *sorted(Path(options["samples"]).iterdir())[:3]]
     prepare = metrics.Inception(64, inception_weights).prepare
     assert torch.equal(images, torch.stack([prepare(file) for file in files]))
     sets = [part.double().numpy() for part in (features[:4], features[4:])]
@@ -263,53 +267,48 @@ def test_fid(options, inception_weights, monkeypatch, tmp_path, capsys):
     # With C1 = A'A and C2 = B'B, the trace of (C1 C2)^(1/2) is the sum of the singular values of AB'.
     cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
     expected = np.square(means[0] - means[1]).sum() + sum(np.square(factor).sum() for factor in factors) - 2 * cross
-    assert found["fid"] == pytest.approx(expected, rel=1e-4)
+    assert result["fid"] == pytest.approx(expected, rel=1e-4)
     assert "fid is biased, its covariance singular: 3 images, 40 features" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pipeline_folder", ["sd15"], indirect=True)
-def test_drawing(pipeline_folder, options, tmp_path):
-    drawing = options | {"pipeline": str(pipeline_folder), "images": None, "steps": 1, "count": 3, "batch_size": 2}
-    found = evaluate(EvaluateConfig(**drawing))
+def test_drawing(sd15, options, tmp_path):
+    drawing = options | {"pipeline": str(sd15), "samples": None, "sampler_steps": 1, "count": 3, "batch_size": 2}
+    result = evaluate(EvaluateConfig(**drawing))
     folder = tmp_path / "out" / "images"
     assert [path.name for path in sorted(folder.glob("*.png"))] == [f"{index:06d}.png" for index in range(3)]
-    assert (found["drawn"], found["images"], found["missing"]) == (3, 3, 0)
+    assert (result["drawn"], result["images"], result["missing"]) == (3, 3, 0)
     (folder / "000001.png").unlink()
     again = evaluate(EvaluateConfig(**drawing | {"batch_size": 1}))
     assert again["drawn"] == 1
-    assert again["clip_t"] == pytest.approx(found["clip_t"], abs=1e-3)
-    measured = options | {"images": str(folder), "out": str(tmp_path / "other"), "count": 3}
+    assert again["clip_t"] == pytest.approx(result["clip_t"], abs=1e-3)
+    measured = options | {"samples": str(folder), "out": str(tmp_path / "other"), "count": 3}
     assert evaluate(EvaluateConfig(**measured))["clip_fid"] == again["clip_fid"]
-    with pytest.raises(ValueError, match="holds other images: seed was 0, is 5"):
+    with pytest.raises(ValueError, match="results of other settings: seed was 0, is 5"):
         evaluate(EvaluateConfig(**drawing, seed=5))
 
 
 PROGRAM = """
 import json, sys
 from accelerate import PartialState
-from gspn_t2i.evaluate import EvaluateConfig, evaluate
-found = evaluate(EvaluateConfig(**json.loads(sys.argv[1])))
-assert PartialState().num_processes == 2 and bool(found) == PartialState().is_main_process
+from gspn_t2i.config import EvaluateConfig
+from gspn_t2i.evaluate import evaluate
+result = evaluate(EvaluateConfig(**json.loads(sys.argv[1])))
+assert PartialState().num_processes == 2 and bool(result) == PartialState().is_main_process
 PartialState().destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("pipeline_folder", ["sd15"], indirect=True)
-def test_two_processes_find_what_one_does(pipeline_folder, options, tmp_path):
+def test_two_processes_find_what_one_does(sd15, options, tmp_path):
     options |= {"save_reference": str(tmp_path / "two" / "reference.npz"), "out": str(tmp_path / "two"), "count": 5}
-    options |= {"pipeline": str(pipeline_folder), "images": None, "steps": 1, "batch_size": 2}
+    options |= {"pipeline": str(sd15), "samples": None, "sampler_steps": 1, "batch_size": 2}
     (tmp_path / "program.py").write_text(PROGRAM)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(tmp_path / "program.py"), json.dumps(options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert (found["images"], found["references"]) == (5, 9) and (tmp_path / "two" / "reference.npz").is_file()
-    options |= {"pipeline": None, "images": str(tmp_path / "two" / "images"), "save_reference": None}
+    in_two_processes(tmp_path / "program.py", json.dumps(options))
+    result = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert (result["images"], result["references"]) == (5, 9) and (tmp_path / "two" / "reference.npz").is_file()
+    options |= {"pipeline": None, "samples": str(tmp_path / "two" / "images"), "save_reference": None}
     expected = evaluate(EvaluateConfig(**options))
     for metric in ("clip_fid", "clip_t"):
-        assert found[metric] == pytest.approx(expected[metric], rel=1e-4)
+        assert result[metric] == pytest.approx(expected[metric], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -317,19 +316,19 @@ def test_two_processes_find_what_one_does(pipeline_folder, options, tmp_path):
     [
         ({"metrics": ("kid",)}, r"metrics must be some of fid, clip_fid, clip_t, got \['kid'\]"),
         ({"metrics": ()}, "metrics must be some of fid, clip_fid, clip_t, got none"),
-        ({"images": None}, "either pipeline, .* must be given, got neither"),
-        ({"pipeline": "x"}, "either pipeline, .* must be given, got both"),
+        ({"samples": None}, r"either pipeline, .* must be set, got neither"),
+        ({"pipeline": "x"}, r"either pipeline, .* must be set, got both"),
         ({"adapter": "x"}, "adapter is for a pipeline to draw with, got 'x' and no pipeline"),
-        ({"captions": None}, "captions must be given for clip_t"),
-        ({"captions": None, "images": None, "pipeline": "x"}, "captions must be given to draw images of"),
-        ({"reference": None}, "reference must be given for clip_fid"),
+        ({"captions": None}, "captions must be set for clip_t"),
+        ({"captions": None, "samples": None, "pipeline": "x"}, "captions must be set to draw images of"),
+        ({"reference": None}, "reference must be set for clip_fid"),
         ({"reference": "nowhere"}, "reference: there is no folder or .npz 'nowhere'"),
         ({"reference": "nowhere.npz"}, "reference: there is no folder or .npz 'nowhere.npz'"),
         ({"save_reference": "a.npy"}, "save_reference must be an .npz, got 'a.npy'"),
         ({"save_reference": "a.npz", "metrics": ("clip_t",)}, "save_reference needs fid or clip_fid among the metrics"),
         ({"count": 1, "metrics": ("clip_t", "clip_fid")}, "clip_fid needs at least 2 images, got 1"),
         ({"count": 9}, "count must be at most the number of captions, 8, got 9"),
-        ({"images": "nowhere"}, "images: there is no folder 'nowhere'"),
+        ({"samples": "nowhere"}, "samples: there is no folder 'nowhere'"),
         ({"metrics": ("fid",), "inception_weights": "no.pth"}, "inception_weights: there is no file 'no.pth'"),
         ({"clip_model": "ViT-none"}, "clip_model: open_clip has no model 'ViT-none'; clip_config is a folder"),
         (
@@ -341,7 +340,7 @@ def test_two_processes_find_what_one_does(pipeline_folder, options, tmp_path):
             {"clip_model": "ViT-g-14", "clip_pretrained": "laion2b_s12b_b42k"},
             "get them from https://huggingface.co/laion/",
         ),
-        ({"images": None, "pipeline": "no/such/pipeline"}, "no pipeline 'no/such/pipeline'"),
+        ({"samples": None, "pipeline": "no/such/pipeline"}, "no pipeline 'no/such/pipeline'"),
     ],
 )
 def test_wrong_options(options, changes, message, tmp_path):
@@ -351,38 +350,38 @@ def test_wrong_options(options, changes, message, tmp_path):
 
 
 def test_wrong_files(options, inception_weights, tmp_path, monkeypatch):
-    made = EvaluateConfig(**options)
+    measuring = EvaluateConfig(**options)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"reference: .*empty must hold at least 2 PNG or JPEG files, got 0"):
-        evaluate(dataclasses.replace(made, reference=str(tmp_path / "empty")))
-    with pytest.raises(ValueError, match=r"images: .*empty must hold images named by their index"):
-        evaluate(dataclasses.replace(made, images=str(tmp_path / "empty")))
+        evaluate(dataclasses.replace(measuring, reference=str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match=r"samples: .*empty must hold images named by their index"):
+        evaluate(dataclasses.replace(measuring, samples=str(tmp_path / "empty")))
     (tmp_path / "empty" / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"clip_config: .*a\.json is not JSON"):
-        evaluate(dataclasses.replace(made, clip_config=str(tmp_path / "empty")))
+        evaluate(dataclasses.replace(measuring, clip_config=str(tmp_path / "empty")))
     with pytest.raises(ValueError, match=r"^clip_pretrained: .*inception.pth is not of tiny \(Error.*\)$"):
-        evaluate(dataclasses.replace(made, clip_pretrained=inception_weights))
+        evaluate(dataclasses.replace(measuring, clip_pretrained=inception_weights))
     for file, message in [("captions.txt", "cannot be read as weights"), ("tiny.pt", "is not of this InceptionV3")]:
         torch.save({"a": torch.zeros(1)}, tmp_path / "tiny.pt")
         with pytest.raises(ValueError, match=rf"inception_weights: .*{file} {message}"):
-            evaluate(dataclasses.replace(made, metrics=("fid",), inception_weights=str(tmp_path / file)))
+            evaluate(dataclasses.replace(measuring, metrics=("fid",), inception_weights=str(tmp_path / file)))
 
     def fail(*args, **kwargs):
         raise OSError("offline")
 
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", fail)
     with pytest.raises(FileNotFoundError, match=r"cannot be downloaded \(offline\): get https:.* as inception_weights"):
-        evaluate(dataclasses.replace(made, metrics=("fid",)))
+        evaluate(dataclasses.replace(measuring, metrics=("fid",)))
     (tmp_path / "reference" / "below" / "photo 4.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"photo 4\.jpg: cannot be read as an image"):
-        evaluate(made)
+        evaluate(measuring)
 
 
 def test_trouble_on_the_way(options, monkeypatch, capsys):
-    made = EvaluateConfig(**options | {"metrics": ("clip_t",), "progress": True})
-    evaluate(made)
+    measuring = EvaluateConfig(**options | {"metrics": ("clip_t",), "progress": True})
+    evaluate(measuring)
     assert "images, clip_t" in (errors := capsys.readouterr().err) and "captions" in errors and "/8" in errors
-    ready = Evaluation(made)
+    ready = Evaluation(measuring)
     assert not any(part.training for part in ready.networks["clip_t"].modules())
     with torch.no_grad():
         ready.networks["clip_t"].network.visual.proj.fill_(float("nan"))
@@ -393,5 +392,5 @@ def test_trouble_on_the_way(options, monkeypatch, capsys):
         raise torch.OutOfMemoryError("tried to allocate much")
 
     monkeypatch.setattr(module.Clip, "embed_texts", fail)
-    with pytest.raises(MemoryError, match="out of memory; a smaller metric_batch_size saves some"):
-        evaluate(made)
+    with pytest.raises(MemoryError, match="out of memory; what saves some: --metric-batch-size 1"):
+        evaluate(measuring)

@@ -1,161 +1,174 @@
 """Drawing prompts: folders, continuation, several processes, and what is refused."""
 
-import os
-import subprocess
-import sys
+import json
+import signal
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
 from PIL import Image
+from t2i_cases import in_two_processes, interrupt, program
 
-from gspn_t2i import GSPNAdapter, generate
-from gspn_t2i.generate import GenerateConfig
+from gspn_core.runs.errors import WriteError
+from gspn_core.runs.options import ImageSize
+from gspn_t2i import cli, generate
+from gspn_t2i.config import GenerateConfig
+from gspn_t2i.pipelines import is_tiled, load_pipeline, own_size
 
 
 def config(pipeline, out, **changes):
-    values = {"prompt": "a three", "steps": 2, "progress": False, **changes}
+    values = {"prompts": ["a three"], "sampler_steps": 2, "progress": False, **changes}
     return GenerateConfig(pipeline=str(pipeline), out=str(out), **values)
 
 
-def images(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+def images(out):
+    return {path.name: path.read_bytes() for path in sorted((out / "images").glob("*.png"))}
 
 
-@pytest.fixture(scope="session")
-def adapter_folder(pipeline_folder, tmp_path_factory):
-    unet = DiffusionPipeline.from_pretrained(pipeline_folder).unet
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("adapter")
-    GSPNAdapter.for_unet(unet).save_pretrained(folder)
-    return str(folder)
+def levels(file):
+    with Image.open(file) as image:
+        return np.asarray(image, int)
 
 
 def test_a_folder(pipeline_folder, adapter_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a five\n\n  a nine left of a one\n")
     options = {"adapter": adapter_folder, "prompt_file": str(tmp_path / "prompts.txt"), "images_per_prompt": 2}
-    made = config(pipeline_folder, tmp_path / "out", **options, height=64, width=128)
-    summary = generate.generate(made)
-    assert (summary["images"], summary["drawn"]) == (6, 6)
+    drawing = config(pipeline_folder, tmp_path / "out", **options, image_size=ImageSize(64, 128))
+    result = generate.generate(drawing)
+    assert (result["images"], result["drawn"]) == (6, 6)
     files = images(tmp_path / "out")
     assert list(files) == [f"{index:06d}.png" for index in range(6)]
-    with Image.open(tmp_path / "out" / "000000.png") as image:
-        assert image.size == (128, 64)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["image_size"] == "64x128"
     # Image 3 is the second of the second prompt, drawn with seed + 3, as diffusers would.
-    pipeline = generate.load_pipeline(str(pipeline_folder), adapter_folder, torch.float32)
+    pipeline = load_pipeline(str(pipeline_folder), adapter_folder, torch.float32)
+    assert own_size(pipeline) == ImageSize(64, 64)
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 64, "width": 128, "num_inference_steps": 2, "guidance_scale": 7.5}
     expected = pipeline("a five", generator=torch.Generator().manual_seed(3), **options).images[0]
-    with Image.open(tmp_path / "out" / "000003.png") as image:
-        assert (np.asarray(image) == np.asarray(expected)).all()
-    (tmp_path / "out" / "000004.png").unlink()
-    assert generate.generate(made)["drawn"] == 1
+    assert (levels(tmp_path / "out" / "images" / "000003.png") == np.asarray(expected)).all()
+    (tmp_path / "out" / "images" / "000004.png").unlink()
+    assert generate.generate(drawing)["drawn"] == 1
     assert images(tmp_path / "out") == files
-    with pytest.raises(ValueError, match="holds other images: seed was 0, is 1; give another folder"):
-        generate.generate(GenerateConfig(**{**vars(made), "seed": 1}))
+    with pytest.raises(ValueError, match="results of other settings: seed was 0, is 1; give another folder"):
+        generate.generate(GenerateConfig(**{**vars(drawing), "seed": 1}))
 
 
-def test_batches(pipeline_folder, tmp_path, monkeypatch):
-    options = {"prompt": ["a five", "a nine", "a one"], "images_per_prompt": 2, "negative_prompt": "blur", "steps": 1}
-    generate.generate(config(pipeline_folder, tmp_path / "one", **options))
-    made = config(pipeline_folder, tmp_path / "out", batch_size=4, **options)
+def test_batches(sd15, tmp_path, monkeypatch):
+    options = {"prompts": ["a five", "a nine", "a one"], "images_per_prompt": 2, "negative_prompt": "blur"}
+    options |= {"sampler_steps": 1}
+    generate.generate(config(sd15, tmp_path / "one", **options))
+    drawing = config(sd15, tmp_path / "out", batch_size=4, **options)
     save, saved = generate.save_png, []
 
     def save_three(image, path):
         if len(saved) == 3:
-            raise OSError("the disk is full")
+            raise WriteError("the disk is full")
         saved.append(path.name)
         save(image, path)
 
     with monkeypatch.context() as patch:
         patch.setattr(generate, "save_png", save_three)
-        with pytest.raises(OSError, match="the disk is full"):
-            generate.generate(made)
+        with pytest.raises(WriteError, match="the disk is full"):
+            generate.generate(drawing)
     assert list(images(tmp_path / "out")) == saved == ["000000.png", "000001.png", "000002.png"]
-    (tmp_path / "out" / "000001.png").unlink()
-    assert generate.generate(made)["drawn"] == 4  # images 1, 3, 4 and 5 are one batch
+    (tmp_path / "out" / "images" / "000001.png").unlink()
+    assert generate.generate(drawing)["drawn"] == 4  # images 1, 3, 4 and 5 are one batch
     for name in images(tmp_path / "one"):
-        with Image.open(tmp_path / "one" / name) as one, Image.open(tmp_path / "out" / name) as other:
-            # In another batch a level may round otherwise.
-            assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+        one, other = (levels(tmp_path / run / "images" / name) for run in ("one", "out"))
+        assert np.abs(one - other).max() <= 1  # in another batch a level may round otherwise
     # Another batch size continues the folder.
-    (tmp_path / "out" / "000005.png").unlink()
-    assert generate.generate(config(pipeline_folder, tmp_path / "out", batch_size=3, **options))["drawn"] == 1
+    (tmp_path / "out" / "images" / "000005.png").unlink()
+    assert generate.generate(config(sd15, tmp_path / "out", batch_size=3, **options))["drawn"] == 1
 
 
-def test_two_processes_draw_what_one_does(pipeline_folder, tmp_path):
-    generate.generate(config(pipeline_folder, tmp_path / "one", images_per_prompt=3))
+def test_two_processes_draw_what_one_does(sd15, tmp_path):
+    generate.generate(config(sd15, tmp_path / "one", images_per_prompt=3))
     file = tmp_path / "options.yaml"
-    options = {"pipeline": str(pipeline_folder), "prompt": "a three", "steps": 2, "images_per_prompt": 3}
+    options = {"pipeline": str(sd15), "prompts": ["a three"], "sampler_steps": 2, "images_per_prompt": 3}
     file.write_text(yaml.safe_dump(options | {"out": str(tmp_path / "two"), "progress": False}))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    program = tmp_path / "program.py"
-    program.write_text(
+    (tmp_path / "program.py").write_text(
         "import accelerate\nfrom gspn_t2i import cli\n"
-        f"assert cli.main(['generate', '--config', {str(file)!r}]) == 0\n"
+        f"assert cli.main(['generate', '--json', '--config', {str(file)!r}]) == 0\n"
         "assert accelerate.PartialState().num_processes == 2\n"
-        "import torch\nassert not torch.distributed.is_initialized()\n"  # or its threads may abort the process
+        "import torch\nassert not torch.distributed.is_initialized()\n"  # its threads can abort interpreter exit
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('"images": 3') == 1
+    done = in_two_processes(tmp_path / "program.py")
+    result = json.loads(done.stdout)  # of one process alone
+    assert (result["images"], result["drawn"]) == (3, 3)
     for name in ("000000.png", "000001.png", "000002.png"):
-        with Image.open(tmp_path / "one" / name) as one, Image.open(tmp_path / "two" / name) as two:
-            # With other threads a level may round otherwise.
-            assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
+        one, two = (levels(tmp_path / run / "images" / name) for run in ("one", "two"))
+        assert np.abs(one - two).max() <= 1  # with other threads a level may round otherwise
 
 
-def test_large_images_are_decoded_in_tiles(pipeline_folder, tmp_path, monkeypatch):
-    tiled = []
-    for size, choice in ((64, "auto"), (1032, "auto"), (64, "on"), (1032, "off")):
-        made = generate.Generation(config(pipeline_folder, tmp_path, height=size, width=1032, vae_tiling=choice))
-        tiled.append(made.pipeline.vae.use_tiling)
-    assert tiled == [False, True, True, False]
+def test_ctrl_c(sd15, tmp_path):
+    """One line and status 130; the images that are there are whole."""
+    words = ("--pipeline", sd15, "--prompts", "a three", "--sampler-steps", 1, "--images-per-prompt", 100_000)
+    command = program("generate", *words, "--out", tmp_path / "out", "--no-progress")
+    status, errors = interrupt(command, lambda: bool(images(tmp_path / "out")), signal.SIGINT)
+    assert (status, errors) == (130, "gspn-t2i: interrupted; run the same command again to continue\n")
+    for name in images(tmp_path / "out"):
+        assert levels(tmp_path / "out" / "images" / name).shape == (64, 64, 3)
+
+
+def test_a_full_disk(sd15, tmp_path, monkeypatch, capsys):
+    def full(self, path, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    words = ("--pipeline", str(sd15), "--prompts", "a three", "--sampler-steps", "1", "--no-progress")
+    assert cli.main(["generate", *words, "--out", str(tmp_path / "out")]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("gspn-t2i: error: cannot write ") and "No space left" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "side,choice,tiled", [(1024, "auto", False), (1032, "auto", True), (64, "always", True), (1032, "never", False)]
+)
+def test_large_images_are_decoded_in_tiles(side, choice, tiled):
+    assert is_tiled(choice, ImageSize(side, 1024)) == tiled
 
 
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"prompt": None}, "prompt or prompt_file must be given, got neither"),
-        ({"prompt": ["a", " "]}, "prompt must not be empty"),
+        ({"prompts": []}, "prompts or prompt_file must be set, got neither"),
+        ({"prompts": ["a", " "]}, "prompts must not be empty"),
         ({"prompt_file": "nothing.txt"}, "no prompt file 'nothing.txt'"),
         ({"pipeline": "no/such/pipeline"}, "no pipeline 'no/such/pipeline'"),
         ({"adapter": "no/such/adapter"}, "no adapter 'no/such/adapter'"),
-        ({"height": 100}, "height must be a multiple of 8, got 100"),
-        ({"width": 63}, "width must be a multiple of 8, got 63"),
+        ({"image_size": ImageSize(100, 64)}, "image_size must be multiples of 8, got 100x64"),
         ({"offload": "model"}, "offload needs an accelerator to be useful, got 'model' on the CPU"),
     ],
 )
-def test_wrong_options(pipeline_folder, changes, message, tmp_path):
-    values = vars(config(pipeline_folder, tmp_path / "out")) | changes
+def test_wrong_options(sd15, changes, message, tmp_path):
+    values = vars(config(sd15, tmp_path / "out")) | changes
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         generate.generate(GenerateConfig(**values))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_prompt_file(pipeline_folder, tmp_path):
+def test_an_empty_prompt_file(sd15, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match=r"prompt_file must have a prompt in a line, '.*empty.txt' is empty"):
-        generate.generate(config(pipeline_folder, tmp_path / "out", prompt_file=str(tmp_path / "empty.txt")))
+        generate.generate(config(sd15, tmp_path / "out", prompt_file=str(tmp_path / "empty.txt")))
 
 
 @pytest.mark.parametrize(
     "options,advice",
     [
-        ({}, "dtype bfloat16, vae_tiling on, offload model"),
-        ({"batch_size": 2, "vae_tiling": "on"}, "batch_size 1, dtype bfloat16, offload model"),
+        ({}, "--precision bf16, --vae-tiling always"),
+        ({"batch_size": 2, "vae_tiling": "always"}, "--batch-size 1, --precision bf16"),
     ],
 )
-def test_out_of_memory_says_what_helps(pipeline_folder, tmp_path, monkeypatch, options, advice):
-    made = generate.Generation(config(pipeline_folder, tmp_path / "out", **options))
+def test_out_of_memory_says_what_helps(sd15, tmp_path, monkeypatch, options, advice):
+    generation = generate.Generation(config(sd15, tmp_path / "out", **options))
+    assert generation.pipeline.vae.use_tiling == ("vae_tiling" in options)
 
     def draw(*arguments, **options):
         raise torch.OutOfMemoryError("tried to allocate much")
 
-    monkeypatch.setattr(type(made.pipeline), "__call__", draw)
-    with pytest.raises(MemoryError, match=f"what saves some: {advice} "):
-        made.run()
+    monkeypatch.setattr(type(generation.pipeline), "__call__", draw)
+    with pytest.raises(MemoryError, match=rf"what saves some: {advice} \("):
+        generation.run()
     assert not images(tmp_path / "out")

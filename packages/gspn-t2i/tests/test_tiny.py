@@ -58,6 +58,7 @@ def test_seeds():
 def test_wrong_use(tmp_path):
     with pytest.raises(ValueError, match="family must be one of sd15, sdxl, got 'sd3'"):
         tiny.build("sd3")
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="folder must be new or empty"):
+    with pytest.raises(ValueError, match="words must be such that each becomes one token, 'xab' does not"):
+        tiny.make_tokenizer(tmp_path / "tokenizer", words=("ab", "xab"))
+    with pytest.raises(ValueError, match="out must be a new or empty folder, got"):
         tiny.write("sd15", tmp_path)

@@ -1,4 +1,4 @@
-"""An adapter that puts GSPN mixers in the place of a UNet's self-attentions, and takes them out again.
+"""An adapter that replaces a UNet's self-attentions by GSPN mixers, and restores them.
 
     adapter = GSPNAdapter.for_unet(pipeline.unet, mixer="gspn2")
     adapter.mount(pipeline.unet)
@@ -31,14 +31,14 @@ def self_attentions(unet: nn.Module) -> dict[str, nn.Module]:
 
 def _transformers(unet: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """Return the transformers around attentions, `X.transformer_blocks.0.attn1` being within X."""
-    found = {name.rpartition(".transformer_blocks.")[0] for name in names}
-    return {name: unet.get_submodule(name) for name in sorted(found)}
+    outer = {name.rpartition(".transformer_blocks.")[0] for name in names}
+    return {name: unet.get_submodule(name) for name in sorted(outer)}
 
 
 def _set_grid(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the mixers in a transformer its input's height and width, (N, C, H, W), before it runs.
+    """Set the grid of a transformer's mixers to height and width of its input (N, C, H, W), before it runs.
 
-    A function of the transformer alone, so that a copy of the UNet sets its own mixers.
+    It reads the transformer alone, so that a copy of the UNet sets its own mixers.
     """
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     grid = (int(hidden_states.shape[-2]), int(hidden_states.shape[-1]))
@@ -97,7 +97,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
                 for name, shape in layers.items()
             }
         )
-        # Outside the registry of modules: neither parameters of ours nor saved.
+        # Not an attribute, which would register the UNet as a module of ours, to be saved.
         self.__dict__["_mounted"] = None
 
     @classmethod
@@ -112,16 +112,16 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         init: str = "qkv",
         keep_attention: Sequence[str] = (),
     ) -> GSPNAdapter:
-        """Build an adapter for all self-attentions of a UNet, on its device and in its dtype; the UNet stays as it is.
+        """Build an adapter for all self-attentions of a UNet, on its device and in its dtype; the UNet is not changed.
 
         Args:
             unet: a diffusers UNet, as of SD 1.5, SD 2.x or SDXL.
             mixer, proxy, bottleneck, chunk_size: as of the class.
             init: "qkv" starts from the projections of the attentions, "random" does not.
-            keep_attention: parts of names, such as "mid_block": self-attentions that stay.
+            keep_attention: parts of names, such as "mid_block", of self-attentions that stay.
 
         Raises:
-            ValueError: the UNet has no self-attention, one is of a kind that has no mixer, or an option does not fit.
+            ValueError: the UNet has no self-attention, or one that a mixer cannot replace, or an option does not fit.
         """
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
@@ -130,18 +130,18 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"unet must have self-attentions called attn1, {type(unet).__name__} has none")
         for part in keep_attention:
             if not any(part in name for name in attentions):
-                raise ValueError(f"keep_attention must be parts of the self-attentions' names, {part!r} is of none")
-        chosen = {n: a for n, a in attentions.items() if not any(part in n for part in keep_attention)}
-        if not chosen:
+                raise ValueError(f"keep_attention: no self-attention name contains {part!r}")
+        replaced = {n: a for n, a in attentions.items() if not any(part in n for part in keep_attention)}
+        if not replaced:
             raise ValueError(
                 f"keep_attention must leave a self-attention to replace, {list(keep_attention)} leaves none"
             )
-        layers = {name: _shape_of(name, attention) for name, attention in chosen.items()}
+        layers = {name: _shape_of(name, attention) for name, attention in replaced.items()}
         adapter = cls(layers, mixer=mixer, proxy=proxy, bottleneck=bottleneck, chunk_size=chunk_size)
         parameter = next(unet.parameters())
         adapter.mixers.to(device=parameter.device, dtype=_dtype(unet))
         if init == "qkv":
-            for name, attention in chosen.items():
+            for name, attention in replaced.items():
                 adapter.mixer_of(name).copy_projections(attention)
         return adapter
 
@@ -153,12 +153,12 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
     @property
     def mounted_on(self) -> nn.Module | None:
-        """The UNet that the mixers stand in, if any."""
+        """The UNet that the adapter is mounted on, if any."""
         mounted = self.__dict__["_mounted"]
         return mounted["unet"] if mounted else None
 
     def mount(self, unet: nn.Module) -> None:
-        """Put the mixers in the place of the UNet's self-attentions.
+        """Replace the UNet's self-attentions by the mixers.
 
         Raises:
             ValueError: the adapter is mounted already, or is for another UNet; nothing has changed then.
@@ -211,7 +211,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
 
 def _dtype(unet: nn.Module) -> torch.dtype:
-    """Return what a UNet computes in; diffusers' own answer looks through layerwise casting."""
+    """Return the dtype that a UNet computes in; diffusers' own property handles layerwise casting."""
     dtype: torch.dtype = getattr(unet, "dtype", None) or next(unet.parameters()).dtype
     return dtype
 
@@ -220,13 +220,13 @@ def _shape_of(name: str, attention: Any) -> dict[str, Any]:
     """Return the shape of an attention's projections.
 
     Raises:
-        ValueError: it has parts that a mixer has no place for.
+        ValueError: it has parts that a mixer lacks.
     """
     for part in ("group_norm", "spatial_norm", "norm_q", "norm_k", "add_k_proj"):
         if getattr(attention, part, None) is not None:
             raise ValueError(f"{name} must be a plain self-attention, has {part}")
     if getattr(attention, "is_cross_attention", False):
-        raise ValueError(f"{name} must be a self-attention, takes another sequence")
+        raise ValueError(f"{name} must be a self-attention, is a cross-attention")
     inner, channels = attention.to_q.weight.shape
     if attention.to_k.weight.shape != (inner, channels) or attention.to_v.weight.shape != (inner, channels):
         raise ValueError(f"{name} must project queries, keys and values alike")

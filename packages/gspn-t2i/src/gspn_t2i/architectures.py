@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-# What differs from diffusers' defaults.
+# Arguments that differ from diffusers' defaults.
 SHAPES: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
     "sdxl": {
@@ -85,7 +85,7 @@ def make_pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, **texts: Any) 
 
 
 def make_inputs(unet: UNet2DConditionModel, height: int, width: int, batch: int = 1) -> dict[str, Any]:
-    """Build what a UNet is called with for an image of height and width in pixels; zeros are as good as any.
+    """Build a UNet's inputs for an image of height and width in pixels; zeros, as their values do not matter.
 
     Raises:
         ValueError: height or width is not a multiple of 8, the autoencoder's factor.

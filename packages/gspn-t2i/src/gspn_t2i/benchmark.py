@@ -1,9 +1,9 @@
-"""`benchmark`: a UNet with softmax attention, GSPN-1 and GSPN-2, one step and a whole image, run where it fits.
+"""`benchmark`: a UNet with softmax attention, GSPN-1 and GSPN-2: one step and a whole image, counted and measured.
 
 Weights are random and the architectures the true ones, so that nothing is downloaded. Counts (floating-point
-operations, and the memory that weights and activations need) come from a run on the meta device at every size; times
-and peaks from the device, up to `measure_up_to` pixels. A whole image is `steps` steps for a prompt and without, and
-what the autoencoder makes of the result, in tiles from the size on from which `generate` uses them.
+operations, and the memory of weights and activations) come from a run on the meta device at every size; times and peaks
+from the device, up to `measure_up_to` pixels. A whole image takes `sampler_steps` steps with and without the prompt,
+and a pass of the autoencoder's decoder, in tiles where `generate` uses them.
 """
 
 from __future__ import annotations
@@ -11,86 +11,27 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gspn_core import info
+from gspn_core.runs.errors import is_out_of_memory
+from gspn_core.runs.files import make_folder, replacing, write_json
+from gspn_core.runs.options import ImageSize, to_dict
 
 from . import architectures
 from .adapter import GSPNAdapter
+from .config import BenchmarkConfig
 from .counting import Counts, count
-from .files import replacing, write_text
-from .generate import DTYPES, TILED_FROM
-
-MIXERS = ("softmax", "gspn", "gspn2")
-
-
-@dataclasses.dataclass(kw_only=True, frozen=True)
-class BenchmarkConfig:
-    """Every option of `gspn-t2i benchmark`.
-
-    Args:
-        family: sd15 or sdxl, of the true size
-        sizes: heights and widths in pixels, as 1024x1024
-        mixers: of softmax, gspn and gspn2
-        chunk_size: lines per independent chunk of the mixers; 0 scans the whole image
-        batch: images; 2 is what guidance needs
-        dtype: of weights and activations
-        measure_up_to: pixels of the largest size that is run; larger ones are counted only
-        steps: of the sampler for a whole image
-        generation: run whole images too
-        repeats: timed steps, of which the median is shown, after one that is not timed
-        device: auto takes the accelerator if any
-        json: file for the results
-        plot: PNG for a plot of them
-        progress: show a progress bar
-    """
-
-    family: Literal["sd15", "sdxl"] = "sdxl"
-    sizes: tuple[str, ...] = ("512x512", "1024x1024", "2048x2048", "4096x4096", "8192x8192", "16384x8192")
-    mixers: tuple[Literal["softmax", "gspn", "gspn2"], ...] = ("softmax", "gspn", "gspn2")
-    chunk_size: NonNegativeInt = 4
-    batch: PositiveInt = 1
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    measure_up_to: NonNegativeInt = 1024 * 1024
-    steps: PositiveInt = 30
-    generation: bool = False
-    repeats: PositiveInt = 5
-    device: Literal["auto", "cpu"] = "auto"
-    json: str | None = None
-    plot: str | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for size in self.sizes:
-            parse_size(size)
-        if not self.sizes or not self.mixers:
-            raise ValueError("sizes and mixers must not be empty")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Read "1024x576" as height and width.
-
-    Raises:
-        ValueError: it is of another form, or not in multiples of 8.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"sizes must be HEIGHTxWIDTH in pixels, such as 1024x576, got {text!r}")
-    height, width = map(int, parts)
-    if height % 8 or width % 8:
-        raise ValueError(f"sizes must be multiples of 8, got {text!r}")
-    return height, width
+from .pipelines import DTYPES, is_tiled, one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,55 +53,56 @@ class Row:
 
 
 def _with_mixer(config: BenchmarkConfig, mixer: str, device: torch.device | str) -> nn.Module:
-    unet = architectures.make_unet(config.family, device=device, dtype=DTYPES[config.dtype])
+    unet = architectures.make_unet(config.family, device=device, dtype=DTYPES[config.precision])
     if mixer != "softmax":
         with torch.device(device):
-            # Shapes are what counts; only the start of training differs with init.
-            adapter = GSPNAdapter.for_unet(unet, mixer=mixer, chunk_size=config.chunk_size or None, init="random")
+            # The cost depends on shapes only, not on the initial weights.
+            adapter = GSPNAdapter.for_unet(unet, mixer=mixer, chunk_size=config.chunk_size, init="random")
         adapter.requires_grad_(False)
         adapter.mount(unet)
     return unet
 
 
-def _counted(config: BenchmarkConfig, mixer: str, size: tuple[int, int]) -> Counts:
+def _count_step(config: BenchmarkConfig, mixer: str, size: ImageSize) -> Counts:
     unet: Any = _with_mixer(config, mixer, "meta")
-    inputs = architectures.make_inputs(unet, *size, batch=config.batch)
+    inputs = architectures.make_inputs(unet, size.height, size.width, config.batch_size)
     return count(unet, lambda: unet(**inputs))
 
 
-def _decoded(config: BenchmarkConfig, size: tuple[int, int]) -> Counts:
+def _count_decoding(config: BenchmarkConfig, size: ImageSize) -> Counts:
     """Count the autoencoder's decoding, of tiles one after the other for a large image."""
-    vae: Any = architectures.make_vae(config.family, device="meta", dtype=DTYPES[config.dtype])
-    height, width = size[0] // 8, size[1] // 8
-    if size[0] * size[1] < TILED_FROM:
-        latents = torch.empty(config.batch, 4, height, width, device="meta", dtype=DTYPES[config.dtype])
+    vae: Any = architectures.make_vae(config.family, device="meta", dtype=DTYPES[config.precision])
+    height, width = size.height // 8, size.width // 8
+    if not is_tiled("auto", size):
+        latents = torch.empty(config.batch_size, 4, height, width, device="meta", dtype=vae.dtype)
         return count(vae, lambda: vae.decode(latents))
     side = vae.tile_latent_min_size
     stride = int(side * (1 - vae.tile_overlap_factor))
     tiles = -(-height // stride) * -(-width // stride)
-    tile = count(vae, lambda: vae.decode(torch.empty(config.batch, 4, side, side, device="meta", dtype=vae.dtype)))
+    latents = torch.empty(config.batch_size, 4, side, side, device="meta", dtype=vae.dtype)
+    tile = count(vae, lambda: vae.decode(latents))
     # Tiles are kept until they are put together.
-    image = 2 * config.batch * 3 * size[0] * size[1] * vae.dtype.itemsize
+    image = 2 * config.batch_size * 3 * size.height * size.width * vae.dtype.itemsize
     return Counts(tiles * tile.flops, tile.weight_bytes, tile.activation_bytes + image)
 
 
-def _generate(config: BenchmarkConfig, unet: Any, size: tuple[int, int], device: torch.device) -> None:
-    """Draw an image of random weights, as a pipeline does."""
-    vae = architectures.make_vae(config.family, device=device, dtype=DTYPES[config.dtype])
+def _generate(config: BenchmarkConfig, unet: Any, size: ImageSize, device: torch.device) -> None:
+    """Draw an image with random weights, as a pipeline does."""
+    vae = architectures.make_vae(config.family, device=device, dtype=DTYPES[config.precision])
     pipeline = architectures.make_pipeline(unet, vae)
     pipeline.set_progress_bar_config(disable=True)
-    if size[0] * size[1] >= TILED_FROM:
+    if is_tiled("auto", size):
         vae.enable_tiling()
-    given = architectures.make_inputs(unet, *size, batch=config.batch)
-    embeddings = {"prompt_embeds": given["encoder_hidden_states"]}
-    if "added_cond_kwargs" in given:
-        embeddings["pooled_prompt_embeds"] = given["added_cond_kwargs"]["text_embeds"]
+    inputs = architectures.make_inputs(unet, size.height, size.width, config.batch_size)
+    embeddings = {"prompt_embeds": inputs["encoder_hidden_states"]}
+    if "added_cond_kwargs" in inputs:
+        embeddings["pooled_prompt_embeds"] = inputs["added_cond_kwargs"]["text_embeds"]
     pipeline(
         **embeddings,
         **{f"negative_{name}": value for name, value in embeddings.items()},
-        height=size[0],
-        width=size[1],
-        num_inference_steps=config.steps,
+        height=size.height,
+        width=size.width,
+        num_inference_steps=config.sampler_steps,
         output_type="pt",
     )
 
@@ -191,18 +133,15 @@ def _timed(call: Callable[[], Tensor], device: torch.device, repeats: int) -> tu
 @torch.inference_mode()
 def measure(config: BenchmarkConfig) -> list[Row]:
     """Count every mixer at every size, and run those that `measure_up_to` allows."""
-    device = torch.device("cpu")
-    if config.device == "auto" and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator() or device
+    device = one_device(config.device)
     rows = []
-    sizes = [parse_size(size) for size in config.sizes]
-    show = config.progress and sys.stderr.isatty()
-    with tqdm(total=len(sizes) * len(config.mixers), unit="case", disable=not show) as bar:
+    hidden = not (config.progress and sys.stderr.isatty())
+    with tqdm(total=len(config.image_sizes) * len(config.mixers), unit="case", disable=hidden) as bar:
         for mixer in config.mixers:
-            runs = any(height * width <= config.measure_up_to for height, width in sizes)
+            runs = any(size.height * size.width <= config.measure_up_to for size in config.image_sizes)
             unet = _with_mixer(config, mixer, device) if runs else None
-            for size in sizes:
-                bar.set_postfix_str(f"{mixer} {size[0]}x{size[1]}")
+            for size in config.image_sizes:
+                bar.set_postfix_str(f"{mixer} {size}")
                 rows.append(_row(config, mixer, size, unet, device))
                 bar.update()
             del unet
@@ -210,27 +149,30 @@ def measure(config: BenchmarkConfig) -> list[Row]:
     return rows
 
 
-def _row(config: BenchmarkConfig, mixer: str, size: tuple[int, int], unet: Any, device: torch.device) -> Row:
-    step, decoded = _counted(config, mixer, size), _decoded(config, size)
+def _row(config: BenchmarkConfig, mixer: str, size: ImageSize, unet: Any, device: torch.device) -> Row:
+    step, decoding = _count_step(config, mixer, size), _count_decoding(config, size)
     seconds, peak, generation, error = None, None, None, None
-    if size[0] * size[1] <= config.measure_up_to:
-        inputs = architectures.make_inputs(unet, *size, batch=config.batch)
+    if size.height * size.width <= config.measure_up_to:
+        inputs = architectures.make_inputs(unet, size.height, size.width, config.batch_size)
         try:
             seconds, peak = _timed(lambda: unet(**inputs).sample, device, config.repeats)
             if config.generation:
                 started = time.perf_counter()
                 _generate(config, unet, size, device)
                 generation = time.perf_counter() - started
-        except (torch.OutOfMemoryError, MemoryError) as reason:
-            error = f"out of memory: {str(reason).splitlines()[0]}"
-    weights = step.weight_bytes + decoded.weight_bytes
+        except (RuntimeError, MemoryError) as reason:
+            if not is_out_of_memory(reason):
+                raise
+            error = f"out of memory: {str(reason).partition(chr(10))[0]}"
+    weights = step.weight_bytes + decoding.weight_bytes
     return Row(
         mixer,
-        *size,
+        size.height,
+        size.width,
         **dataclasses.asdict(step),
-        # Guidance asks for the prompt and without it: twice the batch, to which all but the weights is proportional.
-        generation_flops=2 * config.steps * step.flops + decoded.flops,
-        generation_bytes=weights + max(2 * step.activation_bytes, decoded.activation_bytes),
+        # Guidance predicts with and without the prompt: twice the batch, to which all but the weights is proportional.
+        generation_flops=2 * config.sampler_steps * step.flops + decoding.flops,
+        generation_bytes=weights + max(2 * step.activation_bytes, decoding.activation_bytes),
         seconds=seconds,
         peak_bytes=peak,
         generation_seconds=generation,
@@ -238,8 +180,8 @@ def _row(config: BenchmarkConfig, mixer: str, size: tuple[int, int], unet: Any, 
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Lay results out as text; the ratio is of softmax attention's operations, and its time where both ran."""
+def step_table(rows: Sequence[Row]) -> str:
+    """Lay out a step as text; ratios are softmax attention's operations and time to those of the row."""
     lines = [
         f"{'mixer':8} {'height x width':>15} {'TFLOP':>11} {'vs softmax':>10} {'weights':>9} {'activations':>12} "
         f"{'needed':>10} {'seconds':>9} {'vs softmax':>10}"
@@ -258,8 +200,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def whole_table(rows: Sequence[Row]) -> str:
-    """Lay out what a whole image takes as text."""
+def image_table(rows: Sequence[Row]) -> str:
+    """Lay out a whole image as text."""
     lines = [f"{'mixer':8} {'height x width':>15} {'TFLOP':>12} {'vs softmax':>10} {'needed':>10} {'seconds':>9}"]
     softmax = {(row.height, row.width): row for row in rows if row.mixer == "softmax"}
     for row in rows:
@@ -273,17 +215,23 @@ def whole_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def as_text(result: Mapping[str, Any]) -> str:
+    """Lay the result of `benchmark` out as two tables."""
+    config, rows = result["config"], [Row(**row) for row in result["rows"]]
+    step = f"one step of {config['family']}'s UNet, {config['precision']}, batch {config['batch_size']}"
+    image = f"a whole image in {config['sampler_steps']} steps with guidance, decoded"
+    return "\n".join([step, step_table(rows), image, image_table(rows)])
+
+
 def report(config: BenchmarkConfig, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return results with the options, the device, versions and date."""
-    device = "cpu"
-    if config.device == "auto" and torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    """Return the results with the options, the device, versions and date."""
+    device = one_device(config.device)
     return {
         "date": datetime.date.today().isoformat(),
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "gspn-core": info()["gspn_core"]},
-        "config": dataclasses.asdict(config),
+        "config": to_dict(config),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
 
@@ -304,7 +252,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (title, value) in zip(axes[0], panels, strict=True):
         for mixer in dict.fromkeys(row.mixer for row in rows):
-            points = [(row.height * row.width / 1e6, value(row)) for row in rows if row.mixer == mixer and value(row)]
+            own = [row for row in rows if row.mixer == mixer and value(row)]
+            points = [(row.height * row.width / 1e6, value(row)) for row in own]
             if points:
                 axis.loglog(*zip(*sorted(points), strict=True), marker="o", label=mixer)
         axis.set_xlabel("megapixels")
@@ -317,15 +266,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def benchmark(config: BenchmarkConfig) -> list[Row]:
-    """Measure and count as configured, print the table, and write the files asked for."""
+def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
+    """Count and measure as configured, write the files asked for, and return the results; see `report`."""
     rows = measure(config)
-    print(f"one step of {config.family}'s UNet, {config.dtype}, batch {config.batch}")
-    print(table(rows))
-    print(f"a whole image in {config.steps} steps with guidance, decoded")
-    print(whole_table(rows))
-    if config.json:
-        write_text(Path(config.json), json.dumps(report(config, rows), indent=1))
+    results = report(config, rows)
+    if config.out:
+        write_json(Path(config.out), results)
     if config.plot:
+        make_folder(Path(config.plot).parent)
         plot(rows, Path(config.plot))
-    return rows
+    return results

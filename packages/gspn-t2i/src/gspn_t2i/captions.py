@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from gspn_core.runs.options import ImageSize
+
 METADATA = "metadata.jsonl"
 # Taken in this order where several columns would do.
 _TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "json.caption", "json.text")
@@ -21,7 +23,7 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 class Captioned:
     """Images with captions: `captioned[i]` is a Pillow image and its caption, the first where there are several.
 
-    The fingerprint tells one set from another, wherever it is stored.
+    `fingerprint` identifies a data set by its captions and its files' names and sizes, wherever it is stored.
 
     Args:
         dataset: a `datasets.Dataset`.
@@ -55,18 +57,18 @@ class Captioned:
             yield (value or {}).get(entry) if entry else value
 
     def _files(self) -> list[tuple[str, int]]:
-        """Return the name and the bytes of every image, without reading those that lie in files."""
+        """Return the name and the number of bytes of every image, without reading those that lie in files."""
         import pyarrow.compute as arrow  # type: ignore[import-untyped]
 
-        found = []
+        files = []
         for table in self._dataset.with_format("arrow").iter(10_000):
             for images in table[self._image].chunks:
                 paths = arrow.struct_field(images, "path").to_pylist()
                 sizes = arrow.binary_length(arrow.struct_field(images, "bytes")).to_pylist()
                 for path, size in zip(paths, sizes, strict=True):
                     stored = os.path.getsize(path) if size is None and path else size or 0
-                    found.append((os.path.basename(path or ""), stored))
-        return found
+                    files.append((os.path.basename(path or ""), stored))
+        return files
 
     def _caption(self, index: int, value: Any) -> str:
         caption = value[0] if isinstance(value, list) and value else value
@@ -81,7 +83,7 @@ class Captioned:
         stored = self._dataset[index][self._image]
         try:
             if stored is None:
-                raise ValueError("there is none")
+                raise ValueError("it is empty")
             # Pillow would leave the file of a broken image open.
             content = stored["bytes"] or Path(stored["path"]).read_bytes()
             return self._decode({"bytes": content, "path": None}), self.captions[index]
@@ -93,25 +95,26 @@ class Captioned:
 
 def _text_columns(features: Any) -> list[str]:
     """Return columns of strings or lists of strings, entries of structures as `column.entry`."""
-    found = []
+    columns = []
     for column, feature in features.items():
         entries = feature.items() if isinstance(feature, dict) else [("", feature)]
         for entry, kind in entries:
             kind = getattr(kind, "feature", kind)
             if getattr(kind, "dtype", None) == "string":
-                found.append(f"{column}.{entry}" if entry else column)
-    return found
+                columns.append(f"{column}.{entry}" if entry else column)
+    return columns
 
 
-def _choose(candidates: Sequence[str], given: str | None, preferred: Sequence[str], title: str, name: str) -> str:
-    """Return the column that was asked for, or the one that suggests itself."""
+def _choose(candidates: Sequence[str], wanted: str | None, preferred: Sequence[str], option: str, name: str) -> str:
+    """Return the wanted column, or without a wish the first of the usual names or the only one."""
     usual = [column for column in preferred if column in candidates]
-    if given is None and (usual or len(candidates) == 1):
+    if wanted is None and (usual or len(candidates) == 1):
         return (usual or list(candidates))[0]
-    if given is None or given not in candidates:
-        known = ", ".join(candidates) or "absent: there is none"
-        raise ValueError(f"{title} must be one of {known} for {name!r}, got {given!r}")
-    return given
+    if not candidates:
+        raise ValueError(f"{option} must name a column, but {name!r} has none of this kind")
+    if wanted is None or wanted not in candidates:
+        raise ValueError(f"{option} must be one of {', '.join(candidates)} for {name!r}, got {wanted!r}")
+    return wanted
 
 
 def _read_metadata(folder: Path) -> Any:
@@ -154,28 +157,30 @@ def _load(name: str, split: str | None) -> Any:
     if (folder / METADATA).is_file():
         return _read_metadata(folder)
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(str(folder))
-        if not isinstance(found, datasets.DatasetDict):
-            return found
-        if (split or "train") not in found:
-            raise ValueError(f"split must be one of {', '.join(found)}, got {split!r}")
-        return found[split or "train"]
+        stored = datasets.load_from_disk(str(folder))
+        if not isinstance(stored, datasets.DatasetDict):
+            return stored
+        if (split or "train") not in stored:
+            raise ValueError(f"split must be one of {', '.join(stored)}, got {split!r}")
+        return stored[split or "train"]
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"no folder {name!r}")
     return datasets.load_dataset(name, split=split or "train")
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    import datasets
+def _without_bars() -> Iterator[None]:
+    """Hide the bars of reading files, of which `datasets` shows several for a folder."""
+    from datasets import utils
 
-    were_off = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+    shown = not utils.are_progress_bars_disabled()
+    if shown:
+        utils.disable_progress_bars()
     try:
         yield
     finally:
-        if not were_off:
-            datasets.enable_progress_bars()
+        if shown:
+            utils.enable_progress_bars()
 
 
 def open_captioned(
@@ -187,7 +192,7 @@ def open_captioned(
         name: a folder of images with `metadata.jsonl`, WebDataset shards (a folder of `.tar` files, or a pattern such
             as `shards/*.tar`), a folder written by `datasets.Dataset.save_to_disk`, or whatever `datasets.load_dataset`
             opens, as a data set of the Hub.
-        split: train if absent; of the Hub also parts, as "train[:1000]".
+        split: None is train; of the Hub also parts, as "train[:1000]".
         image_column, text_column: as of `Captioned`.
 
     Raises:
@@ -197,23 +202,23 @@ def open_captioned(
     from datasets.exceptions import DatasetBuildError
 
     try:
-        with _no_bars():
+        with _without_bars():
             dataset = _load(name, split)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no data set {name!r}: {str(error).splitlines()[0]}") from error
     except (ConnectionError, OSError) as error:
-        raise FileNotFoundError(f"the data set {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+        raise FileNotFoundError(f"cannot download the data set {name!r}: {str(error).splitlines()[0]}") from error
     except (RuntimeError, DatasetBuildError) as error:
         raise ValueError(f"cannot open the data set {name!r}: {str(error).splitlines()[0]}") from error
     return Captioned(dataset, name, image_column, text_column)
 
 
-def crop(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
-    """Resize so that an image just covers a height and width, and cut its centre out.
+def crop(image: Image.Image, size: ImageSize) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
+    """Resize an image so that it just covers a size, and crop its centre.
 
     Returns:
-        The RGB image, and what SDXL is told: original height and width, top and left of the cut in the resized image,
-        height and width of the cut.
+        The RGB image, and the size conditions of SDXL: original height and width, top and left of the crop in the
+        resized image, height and width of the crop.
     """
     height, width = size
     image = ImageOps.exif_transpose(image).convert("RGB")

@@ -1,18 +1,18 @@
-"""What the frozen parts of a pipeline make of images and captions: at once, or stored and read again.
+"""Latents and text embeddings of images and captions, by the frozen parts of a pipeline: at once, or from a cache.
 
     cache/
       settings.json                 what was encoded and how, written first
       shard-00000.safetensors       moments, states, pooled, sizes of some images
       index.json                    written last
 
-Moments are means and log-variances of the autoencoder's posterior, of an image and, where training mirrors, of its
-mirror image.
+Moments are means and log-variances of the autoencoder's posterior, of an image and, where training mirrors images, of
+its mirror image.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,33 +20,35 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .captions import Captioned, crop
-from .files import replacing, write_text
+from gspn_core.runs.files import check_record, read_json, write_json, write_tensors
+from gspn_core.runs.options import ImageSize
 
-FORMAT = "gspn-t2i cache 1"
+from .captions import Captioned, crop
+
+FORMAT = "gspn-t2i cache 2"
 SETTINGS = "settings.json"
 INDEX = "index.json"
 SHARD = 256  # images
 
 
 class Embeddings(NamedTuple):
-    """Of captions."""
+    """Outputs of the text encoders."""
 
     states: Tensor  # (N, L, E)
     pooled: Tensor | None  # (N, P), of SDXL
 
 
 class Frozen:
-    """A pipeline's autoencoder and text encoders, at work.
+    """The autoencoder and the text encoders of a pipeline.
 
     Args:
-        pipeline: of Stable Diffusion 1.5, 2.x or SDXL; its parts must be on the device already.
+        pipeline: of Stable Diffusion 1.5, 2.x or SDXL, on the device.
         device: of inputs and results.
     """
 
@@ -81,13 +83,13 @@ class Frozen:
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str]) -> Embeddings:
-        """Return what the text encoders say of captions, as the pipeline itself asks them."""
+        """Return the embeddings of captions, by the pipeline's own method."""
         options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        found = self.pipeline.encode_prompt(prompt=list(captions), **options)
-        return Embeddings(found[0], found[2] if self.two_encoders else None)
+        encoded = self.pipeline.encode_prompt(prompt=list(captions), **options)
+        return Embeddings(encoded[0], encoded[2] if self.two_encoders else None)
 
     def unconditional(self) -> Embeddings:
-        """Return the embeddings of no caption, N = 1, which guidance compares with."""
+        """Return the embeddings of the empty caption, N = 1, as classifier-free guidance uses them."""
         empty = self.embed([""])
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):
             pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
@@ -96,7 +98,7 @@ class Frozen:
 
 
 class Item(NamedTuple):
-    """A training image as it is loaded: pixels and a caption, or what was made of them."""
+    """A loaded training image: pixels and a caption, or moments and embeddings."""
 
     image: Tensor  # (3, H, W) uint8, or moments (M, 2C, h, w) with M = 2 if there is a mirror image
     caption: str | Embeddings
@@ -104,7 +106,7 @@ class Item(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the UNet is trained on."""
+    """Inputs of the UNet."""
 
     latents: Tensor  # (N, C, h, w) float32
     embeddings: Embeddings
@@ -125,23 +127,42 @@ class Pixels(Dataset[Item]):
 
     Args:
         captioned: images.
-        size: height and width that they are resized and cut to.
+        size: that they are resized and cropped to.
+        skip_unreadable: take the next readable image and its caption where one cannot be read, instead of stopping.
     """
 
-    def __init__(self, captioned: Captioned, size: tuple[int, int]) -> None:
-        self.captioned, self.size = captioned, size
+    def __init__(self, captioned: Captioned, size: ImageSize, *, skip_unreadable: bool = False) -> None:
+        self.captioned, self.size, self.skip_unreadable = captioned, size, skip_unreadable
+        self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.captioned)
 
+    def _read(self, index: int) -> tuple[Image.Image, str]:
+        """Return an image and its caption, or what takes their place.
+
+        Raises:
+            ValueError: the image cannot be read; or none can.
+        """
+        if not self.skip_unreadable:
+            return self.captioned[index]
+        for place in (*range(index, len(self)), *range(index)):
+            if place not in self._unreadable:
+                try:
+                    return self.captioned[place]
+                except ValueError as error:
+                    self._unreadable.add(place)
+                    print(f"skipped: {error}", file=sys.stderr, flush=True)
+        raise ValueError(f"none of the {len(self)} images can be read")
+
     def __getitem__(self, index: int) -> Item:
-        image, caption = self.captioned[index]
+        image, caption = self._read(index)
         image, size = crop(image, self.size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return Item(pixels, caption, torch.tensor(size, dtype=torch.float32))
 
     def encode(self, loaded: Any, frozen: Frozen, mirrored: Tensor, noise: Tensor) -> Batch:
-        """Return a collated batch as the UNet is given it; images where `mirrored` (N,) is set are flipped."""
+        """Return a collated batch as inputs of the UNet; images where `mirrored` (N,) is set are flipped."""
         pixels, captions, sizes = loaded
         pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         moments = frozen.moments(pixels)
@@ -150,14 +171,14 @@ class Pixels(Dataset[Item]):
 
 
 class Encoded(Dataset[Item]):
-    """What `encode` stored.
+    """A cache that `encode` wrote.
 
     Args:
         folder: of the cache.
 
     Raises:
-        FileNotFoundError: there is none, it is not finished, or a shard is missing.
-        ValueError: a shard is damaged.
+        FileNotFoundError: there is no cache, it is not finished, or a shard is missing.
+        ValueError: it is of another format, or a shard is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -165,7 +186,9 @@ class Encoded(Dataset[Item]):
         for name in (SETTINGS, INDEX):
             if not (self.folder / name).is_file():
                 raise FileNotFoundError(f"no finished cache in {str(folder)!r}: there is no {name}")
-        self.settings = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+        self.settings = read_json(self.folder / SETTINGS)
+        if self.settings.get("format") != FORMAT:
+            raise ValueError(f"{folder} must be a cache of the format {FORMAT!r}, got {self.settings.get('format')!r}")
         self._shards: dict[int, Any] = {}
         for number in range(_shards(self.settings)):
             self._open(number)
@@ -210,13 +233,21 @@ def _shards(settings: dict[str, Any]) -> int:
 
 
 def encode(
-    pixels: Pixels, frozen: Frozen, folder: str | Path, *, mirror: bool, batch_size: int, progress: bool = True
+    pixels: Pixels, frozen: Frozen, folder: str | Path, *, mirrored: bool, batch_size: int, progress: bool = True
 ) -> Encoded:
-    """Store what a pipeline makes of all images and captions, or continue to, and open it; every process takes shards.
+    """Encode all images and captions into a cache, or continue to, and open it; every process takes shards.
+
+    Args:
+        pixels: images and captions.
+        frozen: encodes them.
+        folder: of the cache.
+        mirrored: store mirror images too.
+        batch_size: images per forward pass.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: the folder holds something else.
-        OSError: the disk is full or not writable; whole shards stay.
+        ValueError: the folder holds another cache.
+        WriteError: the disk is full or not writable; whole shards stay.
     """
     folder = Path(folder)
     state = PartialState()
@@ -224,46 +255,37 @@ def encode(
         "format": FORMAT,
         "images": len(pixels),
         "data": pixels.captioned.fingerprint,
-        "size": list(pixels.size),
-        "mirror": mirror,
+        "image_size": str(pixels.size),
+        "mirrored": mirrored,
         "encoders": frozen.fingerprint(),
     }
-    record = folder / SETTINGS
-    if record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        for key, value in settings.items():
-            if before.get(key) != value:
-                raise ValueError(f"{folder} holds another cache: {key} was {before.get(key)!r}, is {value!r}")
+    check_record(folder / SETTINGS, settings, option="cache")
+    missing = [number for number in range(_shards(settings)) if not (folder / _shard_name(number)).is_file()]
+    state.wait_for_everyone()  # all list missing shards before any writes
+    if state.is_main_process:
+        write_json(folder / SETTINGS, settings)
+    state.wait_for_everyone()
+    own = missing[state.process_index :: state.num_processes]
+    for number in tqdm(own, "encode", unit="shard", disable=not (own and progress and state.is_main_process)):
+        indices = range(number * SHARD, min((number + 1) * SHARD, len(pixels)))
+        write_tensors(folder / _shard_name(number), _encode_shard(pixels, frozen, indices, mirrored, batch_size))
     state.wait_for_everyone()
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(record, json.dumps(settings, indent=1))
-    state.wait_for_everyone()
-    own = range(state.process_index, _shards(settings), state.num_processes)
-    for number in tqdm(own, "encode", unit="shard", disable=not (progress and state.is_main_process)):
-        path = folder / _shard_name(number)
-        if not path.is_file():
-            _write_shard(
-                path, pixels, frozen, range(number * SHARD, min((number + 1) * SHARD, len(pixels))), mirror, batch_size
-            )
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_text(folder / INDEX, json.dumps({"shards": _shards(settings)}))
+        write_json(folder / INDEX, {"shards": _shards(settings)})
     state.wait_for_everyone()
     return Encoded(folder)
 
 
-def _write_shard(path: Path, pixels: Pixels, frozen: Frozen, items: range, mirror: bool, batch_size: int) -> None:
+def _encode_shard(pixels: Pixels, frozen: Frozen, indices: range, mirrored: bool, batch_size: int) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {"moments": [], "states": [], "pooled": [], "sizes": []}
-    for first in range(items.start, items.stop, batch_size):
-        loaded = [pixels[index] for index in range(first, min(first + batch_size, items.stop))]
+    for first in range(indices.start, indices.stop, batch_size):
+        loaded = [pixels[index] for index in range(first, min(first + batch_size, indices.stop))]
         images, captions, sizes = collate(loaded)
-        sides = [frozen.moments(images)] + ([frozen.moments(images.flip(-1))] if mirror else [])
+        sides = [frozen.moments(images)] + ([frozen.moments(images.flip(-1))] if mirrored else [])
         embeddings = frozen.embed(captions)
         parts["moments"].append(torch.stack(sides, dim=1).cpu())
         parts["states"].append(embeddings.states.cpu())
         if embeddings.pooled is not None:
             parts["pooled"].append(embeddings.pooled.cpu())
         parts["sizes"].append(sizes)
-    with replacing(path) as temporary:
-        save_file({name: torch.cat(values).contiguous() for name, values in parts.items() if values}, temporary)
+    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}

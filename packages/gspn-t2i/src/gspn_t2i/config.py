@@ -1,25 +1,38 @@
-"""Options as dataclasses: made from mappings, YAML files and command lines, written beside every run."""
+"""Options of the commands; those of `upscale` are in `scaling`. Imports neither torch nor diffusers: help is quick."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, get_args
 
-import yaml
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Config = TypeVar("Config")
+from gspn_core.runs.options import Device, ImageSize, Precision, TrainingOptions
+
+Choice = Literal["auto", "always", "never"]
+Metric = Literal["fid", "clip_fid", "clip_t"]
+Mixer = Literal["softmax", "gspn", "gspn2"]
+_DEFAULT_SIZE = ImageSize(512, 512)
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
+def check_multiples(name: str, size: ImageSize | None) -> None:
+    """Refuse an image size that the autoencoder cannot halve three times.
+
+    Raises:
+        ValueError: a side is not a multiple of 8.
+    """
+    if size is not None and any(side % 8 for side in size):
+        raise ValueError(f"{name} must be multiples of 8, got {size}")
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class DistillConfig:
+class DistillConfig(TrainingOptions):
     """Every option of `gspn-t2i distill`.
 
     Args:
         pipeline: teacher, a diffusers pipeline of Stable Diffusion 1.5, 2.x or SDXL: a folder or a name on the Hub
-        adapter: GSPN adapter to begin with, a folder or a name on the Hub; absent: a new one
+        start_from: GSPN adapter to begin with, a folder or a name on the Hub; null is a new one
         mixer: of a new adapter, weights per channel (gspn) or shared in a proxy space (gspn2)
         proxy: scanned channels of gspn2 as a share of the attention's
         bottleneck: channels that weights are made from, as a share of the tokens'
@@ -28,47 +41,28 @@ class DistillConfig:
         keep_attention: parts of names of self-attentions that stay, such as mid_block
         data: images with captions: a folder with metadata.jsonl, WebDataset shards (shards/*.tar), a Hugging Face data
             set, or a finished cache
-        split: of the data set
-        image_column: of the data set; absent: the only one, or one of the usual name
+        split: of the data set; null is train
+        image_column: of the data set; null is the only one, or one of the usual names
         text_column: likewise; json.caption is the entry caption of a column json
-        size: height and width of training images in pixels
+        unreadable: stop at an image that cannot be read, or take the next readable one and its caption instead
+        image_size: of training images
         cache: folder to encode all images and captions into first, and to train from
-        mirror: mirror half of the images
         out: folder of the run
-        resume: continue from the newest checkpoint in `out`, or refuse to if there is one
         noise_weight: of the error against the noise, or the velocity
-        teacher_weight: of the error against the teacher's answer
+        teacher_weight: of the error against the teacher's prediction
         feature_weight: of the error against the outputs of the teacher's self-attentions
-        snr_gamma: limit of min-SNR weights; null weighs all times alike
-        caption_dropout: share of captions replaced by none, which guidance needs
+        snr_gamma: limit of min-SNR weights; null weights all times alike
+        caption_dropout: share of captions dropped, for classifier-free guidance
         steps: updates of the weights
-        batch_size: images per process and forward pass
-        accumulate: forward passes per update
-        lr: peak learning rate of AdamW
-        lr_schedule: of the learning rate
         warmup_steps: updates of linear warm-up
-        weight_decay: of AdamW
-        clip_grad: largest norm of the gradient, or null
-        ema_decay: of the averaged weights; null keeps none
-        ema_warmup: raise the decay from 0 in the first updates
-        precision: bf16 computes in bfloat16, the teacher's weights too
-        gradient_checkpointing: recompute activations to save memory
-        device: auto takes the accelerator if any
-        seed: everything random is a function of it and of counters
-        workers: processes that load data, per training process
-        checkpoint_every: updates between checkpoints
-        keep_checkpoints: newest checkpoints kept
-        log_every: updates between rows of the log
-        sample_every: updates between grids of samples; 0 is never
-        sample_prompts: what is drawn in them
-        sample_steps: steps of its sampler
-        sample_guidance: its guidance scale
-        tensorboard: write TensorBoard logs
-        progress: show progress bars
+        precision: of computation, and of the frozen weights
+        sample_every: updates between grids of samples; null draws none
+        sample_prompts: prompts of the samples
+        sampler_steps: of the samples
+        guidance: of the samples, scale of classifier-free guidance
     """
 
     pipeline: str
-    adapter: str | None = None
     mixer: Literal["gspn", "gspn2"] = "gspn2"
     proxy: PositiveFloat = 0.125
     bottleneck: PositiveFloat = 0.125
@@ -79,11 +73,9 @@ class DistillConfig:
     split: str | None = None
     image_column: str | None = None
     text_column: str | None = None
-    size: PositiveInt | tuple[PositiveInt, PositiveInt] = 512
+    image_size: ImageSize = _DEFAULT_SIZE
     cache: str | None = None
-    mirror: bool = False
-    out: str = "runs/gspn-t2i"
-    resume: Literal["auto", "never"] = "auto"
+    out: str = "runs/t2i"
     noise_weight: NonNegativeFloat = 1.0
     teacher_weight: NonNegativeFloat = 0.5
     feature_weight: NonNegativeFloat = 0.5
@@ -91,112 +83,205 @@ class DistillConfig:
     caption_dropout: ClosedUnitInterval = 0.1
     steps: PositiveInt = 100_000
     batch_size: PositiveInt = 12
-    accumulate: PositiveInt = 1
-    lr: PositiveFloat = 1e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegativeInt = 1_000
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad: PositiveFloat | None = 1.0
-    ema_decay: ClosedUnitInterval | None = 0.9999
-    ema_warmup: bool = False
-    precision: Literal["no", "bf16"] = "no"
-    gradient_checkpointing: bool = False
-    device: Literal["auto", "cpu"] = "auto"
-    seed: NonNegativeInt = 0
-    workers: NonNegativeInt = 4
-    checkpoint_every: PositiveInt = 1_000
-    keep_checkpoints: PositiveInt = 2
-    log_every: PositiveInt = 50
-    sample_every: NonNegativeInt = 1_000
+    sample_every: PositiveInt | None = 1_000
     sample_prompts: list[str] = dataclasses.field(default_factory=list)
-    sample_steps: PositiveInt = 30
-    sample_guidance: NonNegativeFloat = 7.5
-    tensorboard: bool = True
-    progress: bool = True
+    sampler_steps: PositiveInt = 30
+    guidance: NonNegativeFloat = 7.5
 
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}")
         if self.noise_weight == self.teacher_weight == self.feature_weight == 0:
             raise ValueError("one of noise_weight, teacher_weight and feature_weight must be above 0, all are 0")
-        if any(side % 8 for side in self.height_width):
-            raise ValueError(f"size must be multiples of 8, got {self.size}")
+        check_multiples("image_size", self.image_size)
+        super().__post_init__()
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class DrawingOptions:
+    """How images are drawn.
+
+    Args:
+        adapter: GSPN adapter to mount on the pipeline's UNet, a folder or a name on the Hub
+        negative_prompt: what not to draw
+        image_size: of drawn images, multiples of 8; null is the pipeline's own
+        sampler_steps: of the sampler
+        guidance: scale of classifier-free guidance
+        seed: image i is drawn with seed + i
+        precision: of weights and activations
+        vae_tiling: decode in tiles, to save memory; auto does above 1024x1024 pixels
+        offload: keep on the accelerator only what computes, to save memory
+        device: auto takes the accelerator if any
+        progress: show progress bars
+    """
+
+    adapter: str | None = None
+    negative_prompt: str | None = None
+    image_size: ImageSize | None = None
+    sampler_steps: PositiveInt = 50
+    guidance: NonNegativeFloat = 7.5
+    seed: NonNegativeInt = 0
+    precision: Precision = "fp32"
+    vae_tiling: Choice = "auto"
+    offload: Literal["none", "model", "sequential", "group"] = "none"
+    device: Device = "auto"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_multiples("image_size", self.image_size)
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class GenerateConfig(DrawingOptions):
+    """Every option of `gspn-t2i generate`.
+
+    Args:
+        pipeline: diffusers pipeline, a folder or a name on the Hub
+        prompts: what to draw
+        prompt_file: text file of further prompts, one in a line
+        out: folder of the images; those that are there are kept
+        images_per_prompt: images of each prompt
+        batch_size: images per process and forward pass; another one may change the last bits
+    """
+
+    pipeline: str
+    prompts: list[str] = dataclasses.field(default_factory=list)
+    prompt_file: str | None = None
+    out: str = "generated"
+    images_per_prompt: PositiveInt = 1
+    batch_size: PositiveInt = 1
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class EvaluateConfig(DrawingOptions):
+    """Every option of `gspn-t2i evaluate`.
+
+    Args:
+        pipeline: diffusers pipeline that draws an image of each caption, a folder or a name on the Hub
+        samples: folder of images to measure instead; their names are the indices of their captions, as 000123.png
+        captions: text file with a caption in a line, COCO's JSON (the first caption of each image, in order of the
+            images' ids), or metadata.jsonl of an image folder, or that folder
+        count: number of captions; null is all
+        caption_seed: draw that many without replacement; null is the first ones
+        allow_missing: measure the images that are there though some are missing
+        metrics: fid (InceptionV3), clip_fid (the same distance of CLIP's embeddings, not normalised), clip_t (mean
+            cosine of the embeddings of image and caption)
+        reference: folder of images for fid and clip_fid, or an .npz of their statistics: mu, sigma, clip_mu, clip_sigma
+        save_reference: .npz to write the statistics of the reference to
+        fid_size: for fid, all images are cropped to their centre and resized to this side first
+        inception_weights: local file; null is torch-fidelity downloads it
+        clip_model: name in open_clip
+        clip_pretrained: open_clip's name of the weights, which are downloaded, or a local file
+        clip_config: folder of JSON files that define further CLIP models
+        prefix: comes before each caption for clip_t
+        metric_batch_size: images per process and forward pass of a metric's network
+        out: folder of results.json and of the drawn images
+        batch_size: images per process and forward pass; another one may change the last bits
+        precision: of the pipeline's weights and activations; metrics are measured in fp32
+    """
+
+    pipeline: str | None = None
+    samples: str | None = None
+    captions: str | None = None
+    count: PositiveInt | None = None
+    caption_seed: NonNegativeInt | None = None
+    allow_missing: bool = False
+    metrics: tuple[Metric, ...] = ("fid", "clip_t")
+    reference: str | None = None
+    save_reference: str | None = None
+    fid_size: PositiveInt = 256
+    inception_weights: str | None = None
+    clip_model: str = "ViT-g-14"
+    clip_pretrained: str = "laion2b_s12b_b42k"
+    clip_config: str | None = None
+    prefix: str = "A photo depicts "
+    metric_batch_size: PositiveInt = 32
+    out: str = "evaluation"
+    batch_size: PositiveInt = 1
 
     @property
-    def height_width(self) -> tuple[int, int]:
-        """Height and width of training images."""
-        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+    def distances(self) -> list[Metric]:
+        """The metrics that compare with a reference."""
+        return [metric for metric in ("fid", "clip_fid") if metric in self.metrics]
+
+    def __post_init__(self) -> None:
+        unknown = [metric for metric in self.metrics if metric not in METRICS]
+        if unknown or not self.metrics:
+            raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {unknown or 'none'}")
+        if (self.pipeline is None) == (self.samples is None):
+            number = "neither" if self.samples is None else "both"
+            raise ValueError(f"either pipeline, to draw images, or samples, to measure them, must be set, got {number}")
+        if self.adapter is not None and self.pipeline is None:
+            raise ValueError(f"adapter is for a pipeline to draw with, got {self.adapter!r} and no pipeline")
+        if self.captions is None and (self.pipeline is not None or "clip_t" in self.metrics):
+            raise ValueError(f"captions must be set {'for clip_t' if self.pipeline is None else 'to draw images of'}")
+        if self.distances and self.reference is None:
+            raise ValueError(f"reference must be set for {self.distances[0]}")
+        if self.save_reference is not None:
+            if not self.save_reference.endswith(".npz"):
+                raise ValueError(f"save_reference must be an .npz, got {self.save_reference!r}")
+            if not self.distances or str(self.reference).endswith(".npz"):
+                raise ValueError("save_reference needs fid or clip_fid among the metrics, and a folder as reference")
+        super().__post_init__()
 
 
-# What may differ between a run and its continuation. batch_size, accumulate and device are what a change of machine
-# needs: an update has as many images as before, but other noise or roundings; the rest leaves the weights as they are.
-FREE_TO_CHANGE = frozenset(
-    {"out", "resume", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress"}
-    | {"sample_every", "sample_prompts", "sample_steps", "sample_guidance", "batch_size", "accumulate", "device"}
-)
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class BenchmarkConfig:
+    """Every option of `gspn-t2i benchmark`.
 
-
-def parser_of(kind: type[Any], description: str | None = None) -> ArgumentParser:
-    """Make a parser of the options of a dataclass, from the command line and from YAML files (`--config`)."""
-    parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file, or the name of a shipped one; repeatable")
-    parser.add_class_arguments(kind)
-    return parser
-
-
-def make(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Check a mapping of options and build the dataclass.
-
-    Raises:
-        ValueError: an option is unknown or does not fit; the message names it, what it must be and what it was.
+    Args:
+        family: architecture, at its true size
+        image_sizes: multiples of 8
+        mixers: to compare
+        chunk_size: lines per independent chunk of the mixers; null scans the whole image
+        batch_size: images; 2 is what guidance needs
+        precision: of weights and activations
+        measure_up_to: pixels of the largest image that is run; larger ones are only counted
+        sampler_steps: steps of the sampler for a whole image
+        generation: run whole images too
+        repeats: timed steps, of which the median is shown, after one that is not timed
+        device: auto takes the accelerator if any
+        out: JSON file for the results
+        plot: PNG file for a plot of them
+        progress: show progress bars
     """
-    parser = parser_of(kind)
-    try:
-        checked = parser.parse_object(values)
-    except Exception as error:  # jsonargparse's own type, a plain Exception
-        raise ValueError(" ".join(str(error).split())) from None
-    return kind(**{field.name: checked[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+    family: Literal["sd15", "sdxl"] = "sdxl"
+    image_sizes: tuple[ImageSize, ...] = (
+        *(ImageSize(side, side) for side in (512, 1024, 2048, 4096, 8192)),
+        ImageSize(16384, 8192),
+    )
+    mixers: tuple[Mixer, ...] = ("softmax", "gspn", "gspn2")
+    chunk_size: PositiveInt | None = 4
+    batch_size: PositiveInt = 1
+    precision: Precision = "bf16"
+    measure_up_to: NonNegativeInt = 1024 * 1024
+    sampler_steps: PositiveInt = 30
+    generation: bool = False
+    repeats: PositiveInt = 10
+    device: Device = "auto"
+    out: str | None = None
+    plot: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.image_sizes or not self.mixers:
+            raise ValueError("image_sizes and mixers must not be empty")
+        for size in self.image_sizes:
+            check_multiples("image_sizes", size)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the options as plain YAML values."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
-    return plain
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class TinyConfig:
+    """Every option of `gspn-t2i tiny`.
 
-
-def _plain(value: Any) -> Any:
-    """Turn tuples into lists and jsonargparse's restricted numbers into numbers."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    for kind in (int, float):
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return kind(value)
-    return value
-
-
-def to_yaml(config: Any) -> str:
-    """Return the options as a YAML document, in their order."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def presets_folder() -> Path:
-    """Return the folder of the shipped YAML files, in a wheel or in a source tree."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
-
-
-def find(name: str) -> str:
-    """Return the path of a configuration: a file, or a shipped one by its name, with or without folder and suffix.
-
-    Raises:
-        FileNotFoundError: there is neither.
+    Args:
+        family: layout of Stable Diffusion 1.5 or of SDXL
+        out: folder of the pipeline, new or empty
+        seed: of the random weights
     """
-    shipped = presets_folder() / f"{Path(name).stem}.yaml"
-    if Path(name).is_file():
-        return name
-    if shipped.is_file() and Path(name).parent.name in ("", "configs"):
-        return str(shipped)
-    known = ", ".join(sorted(path.stem for path in presets_folder().glob("*.yaml")))
-    raise FileNotFoundError(f"no configuration file {name!r}; shipped are {known}")
+
+    family: Literal["sd15", "sdxl"]
+    out: str
+    seed: NonNegativeInt = 0

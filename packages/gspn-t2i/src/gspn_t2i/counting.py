@@ -1,4 +1,4 @@
-"""What one forward pass computes and holds, without doing it: a model on the meta device."""
+"""Operations and memory of a forward pass, counted on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)  # of their shapes
+    return flops
+
+
+# torch's counter does not know softmax attention on a CPU.
+_MORE_OPERATORS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class FusedAttention(TorchFunctionMode):
-    """Let softmax attention allocate its result alone, as FlashAttention does, whatever the device would do."""
+    """Let softmax attention allocate nothing but its result, as FlashAttention does, whatever the device would do."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -27,10 +36,10 @@ class FusedAttention(TorchFunctionMode):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Follow the bytes of tensors made by torch's operators while they live; `peak` is the most at one time.
+    """Track the bytes of live tensors that torch's operators returned; `peak` is their maximum.
 
-    Storage that was there before counts nothing, views count once, and what an operator uses and frees inside does not
-    show.
+    Storage from before is not counted, views count once, and memory that an operator allocates and frees inside is not
+    seen.
     """
 
     def __init__(self) -> None:
@@ -80,7 +89,7 @@ def count(model: torch.nn.Module, call: Callable[[], Any]) -> Counts:
         call: runs it.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False, custom_mapping=_MORE_OPERATORS) as flops:
         call()
     with FusedAttention(), PeakMemory() as memory:
         call()

@@ -64,7 +64,7 @@ def cosine_factor(t: float, total: int) -> float:
 def blur(latents: Tensor, sigma: float) -> Tensor:
     """Blur latents (N, C, H, W) by a Gaussian of deviation `sigma`, keeping each channel's mean and deviation.
 
-    A blur takes noise away, and the UNet would meet less of it than the time says; hence the latter.
+    A blur removes noise, and the UNet would see less of it than the time says; so the deviation is restored.
     """
     radius = max(1, math.ceil(3 * sigma))
     places = torch.arange(-radius, radius + 1, device=latents.device, dtype=torch.float32)
@@ -87,31 +87,31 @@ def interlaced(function: Callable[[Tensor], Tensor], latents: Tensor, dilation: 
         dilation, batch: as of `Terms`.
 
     Returns:
-        What the function gave, in its places: (1, C, H, W).
+        The results in their places: (1, C, H, W).
     """
     out = torch.empty_like(latents)
-    # Those of a size make batches: where the dilation does not divide H or W, the first ones have a line more.
+    # Batched by size: where the dilation does not divide H or W, the first ones have a line more.
     offsets = defaultdict(list)
     for i, j in itertools.product(range(dilation), repeat=2):
         offsets[latents[..., i::dilation, j::dilation].shape].append((i, j))
     for group in offsets.values():
         for start in range(0, len(group), batch):
-            chosen = group[start : start + batch]
-            given = torch.cat([latents[..., i::dilation, j::dilation] for i, j in chosen])
-            for (i, j), made in zip(chosen, function(given), strict=True):
-                out[..., i::dilation, j::dilation] = made
+            part = group[start : start + batch]
+            results = function(torch.cat([latents[..., i::dilation, j::dilation] for i, j in part]))
+            for (i, j), result in zip(part, results, strict=True):
+                out[..., i::dilation, j::dilation] = result
     return out
 
 
 class Predictor:
-    """What a pipeline's UNet predicts under a prompt, with classifier-free guidance.
+    """Predictions of a pipeline's UNet for a prompt, with classifier-free guidance.
 
     Args:
         pipeline: image-to-image pipeline of Stable Diffusion 1.5, 2.x or SDXL.
         device: that computes.
-        size: (height, width) of the image in pixels; SDXL is told.
+        size: (height, width) of the image in pixels, an input of SDXL's UNet.
         prompt, negative_prompt: texts.
-        guidance: scale of classifier-free guidance; there is none up to 1.
+        guidance: scale of classifier-free guidance; up to 1 turns it off.
         split: predict with and without the prompt one after the other, which takes half the memory of a batch of two.
     """
 
@@ -158,12 +158,12 @@ class Predictor:
 
     def _run(self, sample: Tensor, t: Tensor, conditions: list[dict[str, Tensor]]) -> Tensor:
         n = len(sample) // len(conditions)
-        given = {
+        inputs = {
             name: torch.cat([condition[name].expand(n, *condition[name].shape[1:]) for condition in conditions])
             for name in conditions[0]
         }
-        added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
-        out: Tensor = self.unet(sample, t, **given, added_cond_kwargs=added or None, return_dict=False)[0]
+        added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
+        out: Tensor = self.unet(sample, t, **inputs, added_cond_kwargs=added or None, return_dict=False)[0]
         return out
 
     def __call__(self, scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def _set_chunk(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def chunk_feed_forward(unet: nn.Module) -> None:
-    """Let a UNet's feed-forward layers work in chunks, at any size; this stays."""
+    """Let a UNet's feed-forward layers work in chunks from now on, at any size."""
     for module in unet.modules():
         if hasattr(module, "transformer_blocks"):
             module.register_forward_pre_hook(_set_chunk, with_kwargs=True)
@@ -225,7 +225,7 @@ def decode(pipeline: Any, latents: Tensor) -> Image.Image:
         pixels, flagged = pipeline.run_safety_checker(pixels, device, dtype)
     if getattr(pipeline, "watermark", None) is not None:
         pixels = pipeline.watermark.apply_watermark(pixels)
-    # What the checker blackened is no tensor of -1 to 1 any more.
+    # The checker's black images are not in the range of -1 to 1.
     image: Image.Image = pipeline.image_processor.postprocess(
         pixels, output_type="pil", do_denormalize=[not (flagged and flagged[0])]
     )[0]
@@ -257,14 +257,14 @@ def image_to_image(
         strength: share of the steps that is run, and so the noise: 1 leaves nothing of the image.
         steps: of the sampler, if the strength were 1.
         generator: of every draw.
-        terms: of DemoFusion; the default is none.
+        terms: of DemoFusion; `Terms()` leaves them out.
         device: that computes.
         after_step: called after every step.
     """
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(steps, device=device)
     timesteps, _ = pipeline.get_timesteps(steps, strength, device)
-    # Schedulers have memories: the global path has one of its own.
+    # Schedulers have state: the global path needs one of its own.
     scheduler_of_global = copy.deepcopy(scheduler)
     options = pipeline.prepare_extra_step_kwargs(generator, 0.0)
     clean = encode(pipeline, image, device, predict.dtype, generator)
@@ -276,7 +276,7 @@ def image_to_image(
             latents = _mix(scheduler.add_noise(clean, noise, t[None]), latents, cf**terms.cosine_scale_1)
         prediction = predict(scheduler, latents, t)
         before = generator.get_state()
-        made = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
+        local = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
         if terms.dilation > 1:
             blurred = blur(latents, terms.sigma * (0.99 * cf + 0.01))
             # Bound at once: the function is called within this iteration.
@@ -286,10 +286,10 @@ def image_to_image(
                 terms.dilation,
                 terms.batch,
             )
-            # The same draw in both paths, where the scheduler takes one: a mixture of two would have less noise.
+            # Schedulers that draw noise draw the same in both paths: a mixture of two draws would have less noise.
             generator.set_state(before)
             overall = scheduler_of_global.step(prediction, t, blurred, **options, return_dict=False)[0]
-            made = _mix(overall, made, cf**terms.cosine_scale_2)
-        latents = made.to(clean.dtype)
+            local = _mix(overall, local, cf**terms.cosine_scale_2)
+        latents = local.to(clean.dtype)
         after_step()
     return decode(pipeline, latents)

@@ -1,4 +1,4 @@
-"""What images are measured by: networks that make features of images and captions, and the distance of two sets."""
+"""Metrics of images: networks that turn images and captions into features, and the distance of two sets of these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from .files import replacing
+from gspn_core.runs.files import make_folder, replacing
 
 ROWS = 4096  # features that are centred in float64 at a time
 # The names that the moments of a metric have in an .npz, those of FID as other tools write them.
@@ -51,23 +51,27 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
-def save_statistics(path: Path, found: Mapping[str, Moments], made: Mapping[str, Any]) -> None:
-    """Write the moments of each metric, and how they were made, to an .npz, atomically."""
-    arrays: dict[str, Any] = dict(made)
-    for metric, values in found.items():
+def save_statistics(path: Path, statistics: Mapping[str, Moments], origin: Mapping[str, Any]) -> None:
+    """Write the moments of each metric, and what they depend on, to an .npz, whole or not at all.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    arrays: dict[str, Any] = dict(origin)
+    for metric, values in statistics.items():
         arrays |= zip(STATISTICS[metric], values, strict=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def read_statistics(path: Path, widths: Mapping[str, int], made: Mapping[str, Any]) -> dict[str, Moments]:
+def read_statistics(path: Path, widths: Mapping[Any, int], origin: Mapping[str, Any]) -> dict[str, Moments]:
     """Read the moments of each metric from an .npz.
 
     Args:
         path: of the file.
         widths: number of features of each metric.
-        made: what the file must agree with where it says how it was made.
+        origin: what they depend on; the file must agree where it says the same.
 
     Raises:
         ValueError: the file is damaged or does not hold what is needed.
@@ -77,10 +81,10 @@ def read_statistics(path: Path, widths: Mapping[str, int], made: Mapping[str, An
             arrays = {key: archive[key] for key in archive.files}
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"reference: {path} is no .npz of numbers, or a damaged one ({error})") from error
-    for name, value in made.items():
+    for name, value in origin.items():
         if name in arrays and arrays[name].item() != value:
             raise ValueError(f"reference: {path} is of {name} {arrays[name].item()}, not {value}")
-    found = {}
+    statistics = {}
     for metric, width in widths.items():
         for name, shape in zip(STATISTICS[metric], [(width,), (width, width)], strict=True):
             if name not in arrays:
@@ -93,8 +97,8 @@ def read_statistics(path: Path, widths: Mapping[str, int], made: Mapping[str, An
                     f"got {arrays[name].dtype} {arrays[name].shape}"
                 )
         mean, covariance = (arrays[name].astype(np.float64) for name in STATISTICS[metric])
-        found[metric] = Moments(mean, covariance)
-    return found
+        statistics[metric] = Moments(mean, covariance)
+    return statistics
 
 
 def read_image(file: Path) -> Image.Image:
@@ -153,7 +157,7 @@ class Inception(nn.Module):
     """The InceptionV3 of FID, in torch-fidelity's port, up to its pooled features.
 
     Args:
-        resolution: side of the squares that images are made before they are resized to the network's 299.
+        size: side of the squares that images are cropped and resized to, before the network's 299.
         weights: the file that torch-fidelity would download; None lets it.
 
     Raises:
@@ -163,9 +167,9 @@ class Inception(nn.Module):
 
     width = 2048
 
-    def __init__(self, resolution: int, weights: str | None = None) -> None:
+    def __init__(self, size: int, weights: str | None = None) -> None:
         super().__init__()
-        self.resolution = resolution
+        self.size = size
         file = None
         if weights is not None:
             # torch-fidelity unpickles what it is given, whatever that runs; so it is given tensors only.
@@ -186,7 +190,7 @@ class Inception(nn.Module):
 
     def prepare(self, file: Path) -> Tensor:
         """Read an image as (3, 299, 299) float32 from 0 to 255."""
-        return clean_resize(square(read_image(file), self.resolution), FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE)
+        return clean_resize(square(read_image(file), self.size), FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Features (N, 2048) of what `prepare` returns."""
@@ -238,8 +242,8 @@ class Clip(nn.Module):
                 raise ValueError(f"clip_pretrained: {pretrained} is not of {model} ({brief(error)})") from error
             source = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known["url"]
             raise FileNotFoundError(
-                f"the weights {pretrained} of {model} cannot be had: get them from {source} and give the file as "
-                f"clip_pretrained ({brief(error)})"
+                f"the weights {pretrained} of {model} cannot be downloaded ({brief(error)}): get them from {source} "
+                "and give the file as clip_pretrained"
             ) from error
         self.requires_grad_(False).eval()
         self.width = int(open_clip.get_model_config(model)["embed_dim"])

@@ -1,8 +1,8 @@
-"""What stands in place of a self-attention: the same four projections around line scans.
+"""The replacement of a self-attention: the same four projections around line scans.
 
-Linear attention reads  y_i = q_i sum_j (k_j v_j),  GSPN  y_i = u_i sum_j w_ij (lam_j x_j),  where scans take the sum: u
-corresponds to the queries, the input gate lam to the keys and the scanned input x to the values. So an attention's
-projections are a start for a mixer's.
+Linear attention is  y_i = q_i sum_j (k_j v_j),  GSPN  y_i = u_i sum_j w_ij (lam_j x_j),  where scans compute the sum: u
+corresponds to the queries, the input gate lam to the keys and the scanned input x to the values. So a mixer can start
+from an attention's projections.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KINDS = ("gspn", "gspn2")
 
 
 class SelfAttentionMixer(nn.Module):
-    r"""Mix the tokens of an image by line scans, in the place and with the projections of a diffusers `Attention`.
+    r"""Mix the tokens of an image by line scans; it has the interface and the projections of a diffusers `Attention`.
 
         q, k, v = to_q(x), to_k(x), to_v(x)                                            (N, L, I) each, on an H x W grid
         w       = row_stochastic(gates(bottleneck(x)))
@@ -26,8 +26,8 @@ class SelfAttentionMixer(nn.Module):
         h       = lift(sum over d of m_d scan_d(w_d, down(k v)))                       kind "gspn2", weights shared
         out     = to_out(q h)
 
-    With shared weights a scan commutes with mixing channels, so that the proxy space of "gspn2" is a low-rank form of
-    the full scan, and keys, values and queries keep their width.
+    With shared weights a scan commutes with mixing channels, so that the scan in the proxy space of "gspn2" is a
+    low-rank form of the full one; keys, values and queries keep their width.
 
     Args:
         channels: C of the tokens.
@@ -92,7 +92,7 @@ class SelfAttentionMixer(nn.Module):
 
     @torch.no_grad()
     def copy_projections(self, attention: Any) -> None:
-        """Start from an attention: Q to u, K to lam, V to the scanned input, and the output projection as it is."""
+        """Copy an attention's projections: Q to u, K to lam, V to the scanned input, and the output projection."""
         for name in ("to_q", "to_k", "to_v"):
             getattr(self, name).load_state_dict(getattr(attention, name).state_dict())
         ours, theirs = self.to_out[0], attention.to_out[0]

@@ -1,9 +1,9 @@
-r"""What a student is taught: the noise of its training images, its teacher's answer, and its teacher's attention.
+r"""The loss of a distillation: against the noise, the teacher's prediction, and the outputs of its self-attentions.
 
     L = a |s - target|^2 + b |s - t|^2 + c mean over layers of |f_s - f_t|^2
 
-s and t are the answers of student and teacher to the same noisy latents, f the outputs of each self-attention and of
-the mixer in its place; each term is a mean over elements. Published: a = 1, b = c = 1/2.
+s and t are the predictions of student and teacher for the same noisy latents, f the outputs of each self-attention and
+of the mixer in its place; each term is a mean over elements. Published: a = 1, b = c = 1/2.
 
 Sources: GSPN, arXiv 2501.12381, text to image; min-SNR weights, Hang et al. 2023, arXiv 2303.09556.
 """
@@ -26,9 +26,9 @@ TERMS = ("loss", "noise", "teacher", "feature")
 
 
 class Taps:
-    """The outputs of named self-attentions, or of the mixers in their place, in a UNet's last forward pass.
+    """The outputs of named self-attentions, or of their mixers, in a UNet's last forward pass.
 
-    Kept by name: recomputed activations run a hook twice.
+    Kept by name, as recomputed activations run a hook twice.
     """
 
     def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def training_schedule(config: Mapping[str, Any]) -> DDPMScheduler:
     """Return the noise schedule that a pipeline was trained with, from the configuration of its sampler.
 
     Raises:
-        ValueError: what the UNet predicts is neither noise nor velocity.
+        ValueError: the UNet predicts neither noise nor velocity.
     """
     schedule = DDPMScheduler.from_config(config)
     kind = schedule.config.prediction_type
@@ -69,7 +69,7 @@ class Objective:
     Args:
         schedule: of the noise.
         noise, teacher, feature: a, b and c.
-        snr_gamma: limit of min-SNR weights of the first two terms; None weighs all times alike.
+        snr_gamma: limit of min-SNR weights of the first two terms; None weights all times alike.
     """
 
     schedule: DDPMScheduler
@@ -79,7 +79,7 @@ class Objective:
     snr_gamma: float | None = None
 
     def target(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return what the UNet should say: the noise, or the velocity (Salimans and Ho 2022)."""
+        """Return what the UNet should predict: the noise, or the velocity (Salimans and Ho 2022)."""
         if self.schedule.config.prediction_type == "epsilon":
             return noise
         velocity: Tensor = self.schedule.get_velocity(x0, noise, times)
@@ -106,7 +106,7 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Return the loss and its terms, each a scalar, by the names of `TERMS`.
 
-        The first two terms have the weights of their times in them.
+        The first two terms are weighted by time.
 
         Args:
             student, teacher, target: (N, C, H, W).

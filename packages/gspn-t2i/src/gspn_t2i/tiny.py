@@ -1,4 +1,4 @@
-"""Complete tiny pipelines, built locally without a download: for tests, demonstrations and trying things out.
+"""Complete tiny pipelines, built without a download: for tests, demonstrations and trying things out.
 
 A byte-level tokenizer, text encoders, an autoencoder and a UNet of a few million parameters in all, with random
 weights, in the layout of Stable Diffusion 1.5 ("sd15") or SDXL ("sdxl").
@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from .architectures import FAMILIES, SHAPES, make_pipeline
+from .config import TinyConfig
 
 
 def make_tokenizer(folder: Path, *, pad: str | None = None, words: Sequence[str] = ("the",), length: int = 77) -> Any:
@@ -23,12 +24,12 @@ def make_tokenizer(folder: Path, *, pad: str | None = None, words: Sequence[str]
 
     Args:
         folder: for its files.
-        pad: padding token of its own, as SDXL's second tokenizer has ("!!!"); None pads with the end token.
-        words: of one token.
+        pad: a separate padding token, as of SDXL's second tokenizer ("!!!"); None pads with the end token.
+        words: each to become one token.
         length: of a caption in tokens, at most.
 
     Raises:
-        ValueError: the merges of one word are in the way of another.
+        ValueError: the merges of two words conflict.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -149,10 +150,15 @@ def write(family: str, folder: str | Path, *, seed: int = 0) -> Path:
     """Build a pipeline and save it.
 
     Raises:
-        ValueError: the family is unknown, or the folder holds something.
+        ValueError: the family is unknown, or the folder is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder must be new or empty, got {str(folder)!r}")
+        raise ValueError(f"out must be a new or empty folder, got {str(folder)!r}")
     build(family, seed=seed).save_pretrained(folder)
     return folder
+
+
+def run_tiny(config: TinyConfig) -> dict[str, Any]:
+    """Build a pipeline and save it as configured; return its folder."""
+    return {"folder": str(write(config.family, config.out, seed=config.seed))}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,19 @@ from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
+from gspn_core.runs.errors import explaining_memory
+from gspn_core.runs.files import check_record, write_json
+from gspn_core.runs.options import ImageSize, to_dict
+
 from .demofusion import Predictor, Terms, chunk_feed_forward, decode, image_to_image
-from .files import save_png, write_text
-from .generate import DTYPES, load_pipeline, own_size, use_cpu
-from .scaling import Savers, UpscaleConfig, check, plan, savers
+from .pipelines import DTYPES, check_offload, is_tiled, load_pipeline, one_device, own_size, place, save_png
+from .scaling import LARGE, UpscaleConfig, nominal, plan
+
+# Options that the record leaves out: sizes and strengths, as it has the resulting steps; and what saves memory without
+# changing weights, so that a run can continue after memory ran out.
+_FREE = {"image", "image_size", "scale", "target", "out", "strength_schedule", "strengths", "sampler_steps_from_4k"}
+_FREE |= {"memory", "vae_tiling", "split_guidance", "chunked_feed_forward", "offload", "dilated_batch"}
+_FREE |= {"device", "progress"}
 
 
 def read_image(name: str) -> tuple[Image.Image, str]:
@@ -44,57 +50,60 @@ def read_image(name: str) -> tuple[Image.Image, str]:
     return pixels, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@contextmanager
-def _explaining_memory(config: UpscaleConfig, chosen: Savers, dilated: bool) -> Iterator[None]:
-    """Turn running out of memory into an error that says what saves some."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        useful = {
-            "dtype bfloat16": config.dtype == "float32",
-            "vae_tiling on": not chosen.vae_tiling,
-            "split_guidance on": not chosen.split_guidance,
-            "chunked_feed_forward on": not chosen.chunked_feed_forward,
-            "dilated_batch 1": dilated and config.dilated_batch > 1,
-            "offload model": config.offload == "none",
-            "offload group": config.offload in ("none", "model"),
-        }
-        advice = ", ".join(name for name, of_use in useful.items() if of_use) or "a smaller size"
-        raise MemoryError(f"out of memory; what saves some: {advice} ({str(error).splitlines()[0]})") from error
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class Savers:
+    """Savers of memory at a size."""
+
+    vae_tiling: bool
+    split_guidance: bool
+    chunked_feed_forward: bool
+
+
+def savers(config: UpscaleConfig, size: ImageSize) -> Savers:
+    """Return the savers at a size: those set to always, and those that `auto` chooses."""
+
+    def choose(choice: str, useful: bool) -> bool:
+        return choice == "always" or (choice == "auto" and config.memory == "auto" and useful)
+
+    large = nominal(size) >= LARGE
+    return Savers(
+        vae_tiling=choose(config.vae_tiling, is_tiled("auto", size)),
+        split_guidance=choose(config.split_guidance, large),
+        chunked_feed_forward=choose(config.chunked_feed_forward, large),
+    )
 
 
 class Upscaling:
     """A folder of an image's sizes: opened, continued and finished.
 
+        OUT/settings.json       what the images depend on
+        OUT/base.png            the image to upscale, drawn or read
+        OUT/step-128x160.png    the image of a step
+
     Raises:
-        ValueError, FileNotFoundError, TypeError: an option, the image, the pipeline or the adapter does not fit.
+        ValueError, FileNotFoundError: an option, the image, the pipeline or the adapter does not fit.
     """
 
     def __init__(self, config: UpscaleConfig) -> None:
         self.config = config
-        check(config)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"upscale runs in one process, got WORLD_SIZE {os.environ['WORLD_SIZE']}")
-        self.given: Image.Image | None = None
+        self.original: Image.Image | None = None
         self.digest: str | None = None
         if config.image is not None:
-            self.given, self.digest = read_image(config.image)
-        on_cpu = use_cpu(config.device)
-        if config.offload != "none" and on_cpu:
-            raise ValueError(f"offload needs an accelerator to be useful, got {config.offload!r} on the CPU")
-        accelerator = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
-        self.device = accelerator or torch.device("cpu")
-        self.drawing = load_pipeline(config.pipeline, config.adapter, DTYPES[config.dtype])
+            self.original, self.digest = read_image(config.image)
+        check_offload(config.offload, config.device)
+        self.device = one_device(config.device)
+        self.drawing = load_pipeline(config.pipeline, config.adapter, DTYPES[config.precision])
         # The same modules, and so the same mixers and hooks.
         self.pipeline = AutoPipelineForImage2Image.from_pipe(self.drawing)
         if not isinstance(self.pipeline, (StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline)):
             raise ValueError(f"pipeline must be of Stable Diffusion or SDXL, got a {type(self.drawing).__name__}")
-        height, width = own_size(self.drawing)
-        own = round(math.sqrt(height * width))
-        self.size = (config.height or height, config.width or width)
-        if self.given is not None:
-            self.size = (self.given.height, self.given.width)
-        self.steps = plan(config, self.size, own)
+        own = own_size(self.drawing)
+        self.size = config.image_size or own
+        if self.original is not None:
+            self.size = ImageSize(self.original.height, self.original.width)
+        self.steps = plan(config, self.size, round(math.sqrt(own.height * own.width)))
         self.out = Path(config.out)
         self.files = [self.out / "base.png", *(self.out / step.name for step in self.steps)]
         if (config.demofusion or config.skip_residual or config.dilated) and self.pipeline.scheduler.order != 1:
@@ -102,71 +111,48 @@ class Upscaling:
             raise ValueError(f"the terms of DemoFusion need a scheduler with one prediction in a step, not {name}")
         self._chunked = False
 
-    def _settings(self) -> dict[str, Any]:
-        free = {"image", "height", "width", "scale", "target", "out", "strengths", "steps", "steps_from_4k", "memory"}
-        # Also free: what saves memory without other weights, so that a run may continue after it ran out.
-        free |= {"vae_tiling", "split_guidance", "chunked_feed_forward", "offload", "dilated_batch"}
-        free |= {"device", "progress"}
-        kept = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in free}
-        kept |= {"image": self.digest, "size": list(self.size), "sampler_steps": self.config.steps}
-        return kept | {"steps": [dataclasses.asdict(step) for step in self.steps]}
-
     def _open_folder(self) -> int:
-        """Return the number of files that need not be made: of the images before the last finished one, and that."""
-        settings, record = self._settings(), self.out / "upscale.json"
+        """Return how many files need not be made: the last one that is there, and those before it."""
+        settings = {name: value for name, value in to_dict(self.config).items() if name not in _FREE}
+        settings |= {"image": self.digest, "size": str(self.size), "steps": [step.record() for step in self.steps]}
+        record = self.out / "settings.json"
         finished = max((number for number, file in enumerate(self.files, 1) if file.is_file()), default=0)
-        if record.is_file():
-            before = json.loads(record.read_text(encoding="utf-8"))
-            for key, value in settings.items():
-                if before.get(key) != value:
-                    raise ValueError(
-                        f"{self.out} holds another image: {key} was {before.get(key)!r}, is {value!r}; "
-                        "give another folder as `out`"
-                    )
-        elif finished:
-            raise ValueError(
-                f"{self.out} holds {self.files[finished - 1].name} of unknown settings; give another folder"
-            )
-        else:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(record, json.dumps(settings, indent=1))
+        check_record(record, settings)
+        if finished and not record.is_file():
+            name = self.files[finished - 1].name
+            raise ValueError(f"{self.out} holds {name} of unknown settings; give another folder as `out`")
+        write_json(record, settings)
         return finished
 
     def _place(self) -> None:
         """Put the pipeline where it computes, with what saves memory at every size."""
         config, pipeline = self.config, self.pipeline
-        if config.dtype != "float32" and getattr(pipeline.vae.config, "force_upcast", False):
+        if config.precision != "fp32" and getattr(pipeline.vae.config, "force_upcast", False):
             pipeline.vae.float()  # its activations do not fit float16
         if config.layerwise_casting:
             pipeline.unet.enable_layerwise_casting(
-                storage_dtype=torch.float8_e4m3fn, compute_dtype=DTYPES[config.dtype]
+                storage_dtype=torch.float8_e4m3fn, compute_dtype=DTYPES[config.precision]
             )
-        if config.offload == "none":
-            pipeline.to(self.device)
-        elif config.offload == "group":
-            pipeline.enable_group_offload(onload_device=self.device, offload_type="leaf_level")
-        else:
-            getattr(pipeline, f"enable_{config.offload}_cpu_offload")(device=self.device)
+        place(pipeline, self.device, config.offload)
 
-    def _save_memory(self, chosen: Savers) -> None:
-        if chosen.vae_tiling:
+    def _save_memory(self, saving: Savers) -> None:
+        if saving.vae_tiling:
             self.pipeline.vae.enable_tiling()
         else:
             self.pipeline.vae.disable_tiling()
-        if chosen.chunked_feed_forward and not self._chunked:  # sizes only grow
+        if saving.chunked_feed_forward and not self._chunked:  # sizes only grow
             chunk_feed_forward(self.pipeline.unet)
             self._chunked = True
 
     def _draw(self) -> Image.Image:
         """Draw the image to upscale."""
-        height, width = self.size
         self.drawing.set_progress_bar_config(disable=not self.config.progress, leave=False)
         latents = self.drawing(
             self.config.prompt,
             negative_prompt=self.config.negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=self.config.steps,
+            height=self.size.height,
+            width=self.size.width,
+            num_inference_steps=self.config.sampler_steps,
             guidance_scale=self.config.guidance,
             # On the CPU, so that an image is the same on every device as far as arithmetic is.
             generator=torch.Generator().manual_seed(self.config.seed),
@@ -175,12 +161,13 @@ class Upscaling:
         return decode(self.pipeline, latents)
 
     def _enlarge(self, image: Image.Image, number: int, split_guidance: bool) -> Image.Image:
-        """Make step `number`, from 1, of the image before."""
+        """Make the image of step `number`, from 1, of the one before."""
         config, step = self.config, self.steps[number - 1]
+        height, width = step.size
         predict = Predictor(
             self.pipeline,
             self.device,
-            (step.height, step.width),
+            (height, width),
             config.prompt,
             config.negative_prompt,
             config.guidance,
@@ -194,14 +181,13 @@ class Upscaling:
             sigma=config.sigma,
             batch=config.dilated_batch,
         )
-        total = int(step.steps * step.strength)
-        with tqdm(desc=step.name, total=total, unit="step", leave=False, disable=not config.progress) as bar:
+        with tqdm(desc=step.name, total=step.updates, unit="step", leave=False, disable=not config.progress) as bar:
             return image_to_image(
                 self.pipeline,
-                image.resize((step.width, step.height), Image.Resampling.LANCZOS),
+                image.resize((width, height), Image.Resampling.LANCZOS),
                 predict,
                 strength=step.strength,
-                steps=step.steps,
+                steps=step.sampler_steps,
                 generator=torch.Generator().manual_seed(config.seed + number),
                 terms=terms,
                 device=self.device,
@@ -210,31 +196,40 @@ class Upscaling:
 
     def _make(self, number: int, image: Image.Image | None) -> Image.Image:
         """Make file `number`, 0 being the image to upscale, from the one before."""
-        if number == 0 and self.given is not None:
-            return self.given
-        size = (self.steps[number - 1].height, self.steps[number - 1].width) if number else self.size
-        chosen = savers(self.config, *size)
-        dilated = number > 0 and self.steps[number - 1].dilation > 1
-        with _explaining_memory(self.config, chosen, dilated), torch.inference_mode():
-            self._save_memory(chosen)
-            made = self._draw() if image is None else self._enlarge(image, number, chosen.split_guidance)
+        if number == 0 and self.original is not None:
+            return self.original
+        config, step = self.config, self.steps[number - 1] if number else None
+        saving = savers(config, step.size if step else self.size)
+        useful = {
+            "--precision bf16": config.precision == "fp32",
+            "--vae-tiling always": not saving.vae_tiling,
+            "--split-guidance always": not saving.split_guidance,
+            "--chunked-feed-forward always": not saving.chunked_feed_forward,
+            "--dilated-batch 1": step is not None and step.dilation > 1 and config.dilated_batch > 1,
+            "--offload model": config.offload == "none" and self.device.type != "cpu",
+            "--offload group": config.offload in ("none", "model") and self.device.type != "cpu",
+        }
+        with explaining_memory(useful, "a smaller target"), torch.inference_mode():
+            self._save_memory(saving)
+            image = self._draw() if image is None else self._enlarge(image, number, saving.split_guidance)
             self.pipeline.maybe_free_model_hooks()
-        return made
-
-    def _say(self, text: str) -> None:
-        if self.config.progress:
-            print(text, file=sys.stderr)
+        return image
 
     def run(self) -> dict[str, Any]:
-        """Make what is missing; return the folder, the last image, its size, steps, seconds and peak memory.
+        """Make the missing images.
 
         Every step starts from the image of the one before in 8 bits, as its file has it, so that a run that was
-        interrupted and continued draws the same. Seconds of a step that was there already are None. Peak memory is the
-        device's, and on a CPU the process's since it started.
+        interrupted and continued draws the same.
+
+        Returns:
+            The `folder`, the last `image` and its `size`; `steps` with their `seconds` (None: it was there), the number
+            of images `drawn` now, all `seconds`, and the peak memory in bytes: of the device, or on a CPU of the
+            process since it started.
 
         Raises:
             ValueError: the folder holds images of other settings.
             MemoryError: the device's memory is not enough; the message says what saves some.
+            WriteError: the disk is full or not writable.
         """
         began = time.perf_counter()
         finished = self._open_folder()
@@ -253,25 +248,16 @@ class Upscaling:
             image = self._make(number, image)
             save_png(image, self.files[number])
             seconds[number] = round(time.perf_counter() - started, 1)
-            what = "the image to start from"
-            if number:
-                step = self.steps[number - 1]
-                what = f"strength {step.strength}, {int(step.steps * step.strength)} of {step.steps} steps"
-            self._say(f"{image.height}x{image.width}: {what}, {seconds[number]} s")
-        peak, total = self._peak(), time.perf_counter() - began
-        self._say(f"{len(self.files) - finished} images in {total:.1f} s, at most {peak / 2**30:.2f} GiB of memory")
-        last = self.steps[-1]
+            if self.config.progress:
+                print(f"{self.files[number]}: {seconds[number]} s", file=sys.stderr)
         return {
             "folder": str(self.out),
             "image": str(self.files[-1]),
-            "height": last.height,
-            "width": last.width,
-            "steps": [
-                dataclasses.asdict(step) | {"seconds": took} for step, took in zip(self.steps, seconds[1:], strict=True)
-            ],
+            "size": str(self.steps[-1].size),
+            "steps": [step.record() | {"seconds": took} for step, took in zip(self.steps, seconds[1:], strict=True)],
             "drawn": len(self.files) - finished,
-            "seconds": round(total, 1),
-            "peak_bytes": peak,
+            "seconds": round(time.perf_counter() - began, 1),
+            "peak_bytes": self._peak(),
         }
 
     def _peak(self) -> int:
@@ -282,5 +268,5 @@ class Upscaling:
 
 
 def upscale(config: UpscaleConfig) -> dict[str, Any]:
-    """Upscale an image as configured and return a summary; see `Upscaling.run`."""
+    """Upscale an image as configured; see `Upscaling.run`."""
     return Upscaling(config).run()

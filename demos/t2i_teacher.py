@@ -1,4 +1,4 @@
-"""The demonstration's material: captioned digits, a teacher with softmax attention, and a CLIP, all trained here."""
+"""What t2i_digits.py trains beside the student: a teacher with softmax attention on captioned digits, and a CLIP."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
-from .architectures import make_pipeline
-from .captions import METADATA
-from .files import replacing, replacing_folder, write_text
-from .objective import training_schedule
-from .tiny import make_text_encoder, make_tokenizer, make_vae
+from gspn_core.runs.files import read_json, replacing_folder, write_json, write_tensors
+from gspn_t2i.architectures import make_pipeline
+from gspn_t2i.captions import METADATA
+from gspn_t2i.objective import training_schedule
+from gspn_t2i.tiny import make_text_encoder, make_tokenizer, make_vae
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = (32, 32)  # of an image, in pixels
@@ -39,7 +38,7 @@ def draw_digits() -> tuple[Tensor, list[str]]:
 
 
 def write_images(folder: Path, images_NHW: Tensor, captions: Sequence[str]) -> None:
-    """Write a folder of captioned images as `distill` and others read them."""
+    """Write a folder of images with captions, as `distill` reads it."""
     with replacing_folder(folder) as temporary:
         rows = []
         for index, (pixels, caption) in enumerate(zip(images_NHW, captions, strict=True)):
@@ -97,7 +96,7 @@ def train_vae(vae: Any, images_NHW: Tensor, steps: int) -> None:
 
 
 def to_input(images_NHW: Tensor) -> Tensor:
-    """Turn uint8 grey images into what an autoencoder takes: (N, 3, H, W) from -1 to 1."""
+    """Turn uint8 grey images into inputs of an autoencoder: (N, 3, H, W) from -1 to 1."""
     return images_NHW[:, None].expand(-1, 3, -1, -1).float() / 127.5 - 1
 
 
@@ -122,22 +121,22 @@ def train_teacher(pipeline: Any, images_NHW: Tensor, captions: Sequence[str], st
 
     ids, empty = tokens(captions), tokens([""])
     parameters = [*unet.parameters(), *text.parameters()]
-    averaged = [parameter.detach().clone() for parameter in parameters]
+    averages = [parameter.detach().clone() for parameter in parameters]
     optimizer, rates = _one_cycle(parameters, 2e-3, steps)
     for step in (bar := trange(steps, desc="teacher", unit="update")):
-        chosen = torch.randint(len(means), (BATCH,))
-        latents = means[chosen] + deviations[chosen] * torch.randn(BATCH, *means.shape[1:])
+        batch = torch.randint(len(means), (BATCH,))
+        latents = means[batch] + deviations[batch] * torch.randn(BATCH, *means.shape[1:])
         dropped = torch.rand(BATCH, 1) < 0.1
         times, noise = torch.randint(1000, (BATCH,)), torch.randn_like(latents)
-        states = text(torch.where(dropped, empty, ids[chosen]))[0]
+        states = text(torch.where(dropped, empty, ids[batch]))[0]
         noisy = schedule.add_noise(latents, noise, times)
         loss = F.mse_loss(unet(noisy, times, encoder_hidden_states=states).sample, noise)
         _descend(loss, parameters, optimizer, rates)
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, max(0.005, 1 / (step + 1)))
+            torch._foreach_lerp_(averages, parameters, max(0.005, 1 / (step + 1)))
         bar.set_postfix_str(f"loss {loss.item():.4f}")
     with torch.no_grad():
-        for parameter, value in zip(parameters, averaged, strict=True):
+        for parameter, value in zip(parameters, averages, strict=True):
             parameter.copy_(value)
     unet.eval()
     text.eval()
@@ -152,15 +151,15 @@ def make_teacher(folder: Path, images_NHW: Tensor, captions: Sequence[str], *, v
         train_vae(pipeline.vae, images_NHW, vae_steps)
         train_teacher(pipeline, images_NHW, captions, steps)
         pipeline.save_pretrained(folder)
-        write_text(record, json.dumps(round(time.perf_counter() - began, 1)))
-    seconds: float = json.loads(record.read_text(encoding="utf-8"))
+        write_json(record, round(time.perf_counter() - began, 1))
+    seconds: float = read_json(record)
     return seconds
 
 
 def make_clip(folder: Path, images_NHW: Tensor, captions: Sequence[str], steps: int) -> dict[str, str]:
-    """Train a small CLIP on images and captions, unless it is there; return the options that name it to `evaluate`.
+    """Train a small CLIP on images and captions, unless it is there; return the options of `evaluate` that name it.
 
-    It learns which of all captions an image has.
+    It learns to choose the caption of an image among all.
     """
     import open_clip  # type: ignore[import-untyped]
 
@@ -168,8 +167,7 @@ def make_clip(folder: Path, images_NHW: Tensor, captions: Sequence[str], steps: 
     text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
     weights = folder / "clip.safetensors"
     if not weights.is_file():
-        folder.mkdir(exist_ok=True)
-        write_text(folder / "digits-clip.json", json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
+        write_json(folder / "digits-clip.json", {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text})
         open_clip.add_model_config(folder)
         torch.manual_seed(4)
         model, _, transform = open_clip.create_model_and_transforms("digits-clip")
@@ -180,12 +178,11 @@ def make_clip(folder: Path, images_NHW: Tensor, captions: Sequence[str], steps: 
         parameters = list(model.train().parameters())
         optimizer, schedule = _one_cycle(parameters, 1e-3, steps)
         for _ in (bar := trange(steps, desc="CLIP", unit="update")):
-            chosen = torch.randint(len(pixels), (128,))
-            images, texts, scale = model(pixels[chosen], tokens)
+            batch = torch.randint(len(pixels), (128,))
+            images, texts, scale = model(pixels[batch], tokens)
             logits = scale * images @ texts.T  # (N, all captions)
-            loss = F.cross_entropy(logits, labels[chosen])
+            loss = F.cross_entropy(logits, labels[batch])
             _descend(loss, parameters, optimizer, schedule)
             bar.set_postfix_str(f"loss {loss.item():.4f}")
-        with replacing(weights) as temporary:
-            save_file(model.state_dict(), temporary)
+        write_tensors(weights, model.state_dict())
     return {"clip_model": "digits-clip", "clip_pretrained": str(weights), "clip_config": str(folder)}

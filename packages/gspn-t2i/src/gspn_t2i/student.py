@@ -1,0 +1,80 @@
+"""Teacher and student of a distillation: two UNets that share all weights but those of the student's mixers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gspn_core.runs.order import INIT, derive_seed
+
+from .adapter import GSPNAdapter
+from .conditions import Batch
+from .config import DistillConfig
+from .pipelines import DTYPES, load_adapter, load_pipeline
+
+# The files of an adapter, by diffusers' names: `from_pretrained(folder, variant="ema")` reads the averaged mixers.
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+AVERAGED = "diffusion_pytorch_model.ema.safetensors"
+CONFIG = "config.json"
+
+
+def load_teacher(config: DistillConfig, device: torch.device) -> Any:
+    """Load the pipeline whose UNet is the teacher, frozen.
+
+    Raises:
+        FileNotFoundError: there is none of this name, or it cannot be downloaded.
+        ValueError: the pipeline has no UNet.
+    """
+    pipeline = load_pipeline(config.pipeline, None, DTYPES[config.precision])
+    for name in ("vae", "unet", "text_encoder", "text_encoder_2"):
+        module: nn.Module | None = getattr(pipeline, name, None)
+        if module is not None:
+            module.requires_grad_(False).eval().to(device)
+    if pipeline.vae.config.get("force_upcast"):
+        pipeline.vae.float()  # of SDXL: half precision is too narrow for it
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_adapter(config: DistillConfig, teacher: nn.Module) -> GSPNAdapter:
+    """Build the mixers to train, or load those to begin with, in float32.
+
+    Raises:
+        FileNotFoundError: there is no adapter of this name.
+        ValueError: an option does not fit the teacher.
+    """
+    torch.manual_seed(derive_seed(INIT, config.seed))
+    if config.start_from is not None:
+        adapter = load_adapter(config.start_from)
+    else:
+        adapter = GSPNAdapter.for_unet(
+            teacher,
+            mixer=config.mixer,
+            proxy=config.proxy,
+            bottleneck=config.bottleneck,
+            chunk_size=config.chunk_size,
+            init=config.init,
+            keep_attention=config.keep_attention,
+        )
+    adapter.mixers.to(device=next(teacher.parameters()).device, dtype=torch.float32).requires_grad_(True)
+    return adapter
+
+
+def student_of(unet: nn.Module) -> nn.Module:
+    """Return a copy of a UNet that shares its parameters and buffers."""
+    shared = {id(tensor): tensor for tensors in (unet.parameters(), unet.buffers()) for tensor in tensors}
+    return copy.deepcopy(unet, shared)
+
+
+def predict(unet: Any, noisy: Tensor, times: Tensor, batch: Batch) -> Tensor:
+    """Return what a UNet predicts, (N, C, h, w), for noisy latents of that shape at times (N,)."""
+    added = None
+    if batch.embeddings.pooled is not None:
+        added = {"text_embeds": batch.embeddings.pooled, "time_ids": batch.sizes.to(batch.embeddings.pooled.dtype)}
+    prediction: Tensor = unet(
+        noisy, times, encoder_hidden_states=batch.embeddings.states, added_cond_kwargs=added, return_dict=False
+    )[0]
+    return prediction
