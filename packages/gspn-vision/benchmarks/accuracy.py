@@ -2,8 +2,8 @@
 
     python packages/gspn-vision/benchmarks/accuracy.py --out runs/accuracy
 
-Every run is that of the configuration gspn2_nano_digits but for the model. A run that was done is not done again. Prints
-a Markdown table with mean and standard deviation of the last top-1 accuracy, and writes it beside the results as JSON.
+Every run is that of the configuration gspn2_nano_digits but for the model. A finished run is not repeated. Prints a
+Markdown table with mean and standard deviation of the last top-1 accuracy, and writes it beside the results as JSON.
 """
 
 from __future__ import annotations

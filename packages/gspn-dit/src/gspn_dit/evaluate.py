@@ -99,8 +99,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Extract features, by all processes together, and compute the metrics on the main one.
 
     Returns:
-        On the main process, the figures (None: not asked for, or left out with a notice on stderr), and the counts of
-        `samples` and `references`, the latter None of statistics alone, and the `extractor`. On others, nothing.
+        On the main process, the figures (None: not among the metrics, or left out with a notice on stderr), the counts
+        of `samples` and `references` (None if only statistics are given), and the `extractor`. On others, nothing.
 
     Raises:
         FileNotFoundError: a file, or the extractor's weights, cannot be had.
@@ -132,7 +132,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if labels is not None and "accuracy" in wanted:
         check_labels(labels, extractor.classes)
 
-    # What is extracted: of the references nothing that their statistics tell.
+    # Of the references, extract only features whose statistics are not given.
     fields = {FIELDS[metric] for metric in wanted}
     reference_fields = {FIELDS[metric] for metric in wanted if metric in ("fid", "sfid") and metric not in statistics}
     reference_count = len(references) if references is not None and reference_fields else 0

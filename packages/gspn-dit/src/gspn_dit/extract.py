@@ -32,7 +32,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Crops(Dataset[tuple[Tensor, int] | str]):
-    """Cropped images, uint8 (3, H, W), with their classes; of one that cannot be read, the message."""
+    """Cropped images, uint8 (3, H, W), with their classes; for an unreadable image, the error message instead."""
 
     def __init__(self, images: Images, size: ImageSize) -> None:
         self.images, self.size = images, size
@@ -41,7 +41,7 @@ class _Crops(Dataset[tuple[Tensor, int] | str]):
         try:
             image, label = self.images[index]
         except ValueError as error:
-            # An error raised through a loader buries its message in a traceback, and holds up the loader's end.
+            # Returned, not raised: a DataLoader wraps exceptions in a traceback and then shuts down slowly.
             return str(error)
         return torch.from_numpy(np.array(adm_crop(image, *self.size))).permute(2, 0, 1).contiguous(), label
 
@@ -55,7 +55,7 @@ def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] |
 
 
 def _settings(config: ExtractConfig, images: Images, vae: AutoencoderKL) -> dict[str, Any]:
-    """Return whatever the features depend on.
+    """Return all settings that the features depend on.
 
     Raises:
         ValueError: the images do not suit the VAE.
@@ -164,7 +164,7 @@ def _write_shards(
     bar: Any,
 ) -> None:
     """Encode images and write these shards, one after the other."""
-    # Batches begin anew with each shard, so that they are the same whichever process makes it.
+    # A batch never spans two shards, so that batches are the same whichever process makes a shard.
     batches: dict[int, list[range]] = {}
     for number in numbers:
         items = shard_items(settings, number)
@@ -212,7 +212,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         ArithmeticError: moments are not finite in the precision asked for.
     """
     began = time.perf_counter()
-    # Reading images may take one process much longer than the others, which then wait.
+    # Processes may wait long for the slowest to read its images.
     state = PartialState(cpu=use_cpu(config.device), timeout=timedelta(hours=6))
     device = state.device if config.device == "auto" else torch.device("cpu")
     images = open_images(
@@ -229,7 +229,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     missing = _missing(folder, settings)
     # Barrier: all list missing shards before any writes.
     state.wait_for_everyone()
-    # Only what is missing is shared out, so that processes end together after an interruption too.
+    # Only missing shards are distributed, so that processes finish together after an interruption too.
     own = missing[state.process_index :: state.num_processes]
     total = sum(len(shard_items(settings, number)) for number in own)
     title = "images" if state.num_processes == 1 else f"images of process 1 of {state.num_processes}"

@@ -23,7 +23,7 @@ SPATIAL_CHANNELS = 7  # of the 17 x 17 map: 2023 features, about as many as the 
 
 
 class Features(NamedTuple):
-    """What an extractor says of images."""
+    """Features of images, as an extractor computes them."""
 
     pool: Tensor  # (N, F) float32
     spatial: Tensor | None  # (N, 2023) float32
@@ -73,7 +73,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"extractor_weights: there is no file {path}")
     try:
         return load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors have each their own
+    except Exception as error:  # torch, pickle, zipfile and safetensors raise different exceptions
         raise ValueError(f"extractor_weights: {path} cannot be read as weights ({error})") from error
 
 
@@ -96,7 +96,7 @@ class InceptionExtractor(Extractor):
         super().__init__()
         file = None
         if weights is not None:
-            # torch-fidelity unpickles what it is given, whatever that runs; so it is given tensors only.
+            # torch-fidelity unpickles its file without restriction: give it one that holds only tensors.
             file = io.BytesIO()
             torch.save(read_weights(weights), file)
             file.seek(0)
@@ -192,7 +192,7 @@ class TimmExtractor(Extractor):
             return timm.create_model(model, pretrained=True, **kwargs)
         except TypeError:  # about the arguments, not the weights
             raise
-        except Exception as error:  # the hub's client, and the one beneath it, have each their own
+        except Exception as error:  # the Hub's client and its HTTP library raise different exceptions
             raise FileNotFoundError(
                 f"no pretrained weights of {model!r} can be had ({error}): give a file as extractor_weights"
             ) from error
@@ -270,7 +270,7 @@ def extract(
         one, nothing.
     """
     share = -(-count // state.num_processes)
-    # A process without a share computes the last image, for shapes to pad; only full shares stand before it.
+    # A process without a share computes the last image, whose shape is needed for padding; the result is cut off.
     start = min(state.process_index * share, count - 1)
     stop = min(start + share, count)
     parts: dict[str, list[Tensor]] = {field: [] for field in fields}

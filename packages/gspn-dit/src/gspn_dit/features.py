@@ -143,7 +143,7 @@ class Features(Dataset[tuple[Tensor, int]]):
         if number not in self._shards:
             self._shards[number] = open_shard(self.folder, self.settings, number)
         moments, labels = self._shards[number]
-        # A row as read keeps the memory of the whole shard.
+        # Without a copy the row would keep the whole shard in memory.
         return moments[row].clone(), int(labels[row])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 _SYNONYMS = {"val": "validation", "validation": "val"}
 _SPLITS = ("train", "val", "validation", "test")
-# Kinds of the file that says what the labels are, whatever the folders.
+# Suffixes of a metadata file, whose labels take precedence over folder names.
 _METADATA = ("csv", "jsonl", "parquet")
-# Taken in this order where several columns would do.
+# In order of preference.
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
@@ -43,7 +43,7 @@ class UnreadableImageError(ValueError):
 
 
 class _Skipping:
-    """Images of which the next readable one takes an unreadable one's place; each of these is named on stderr."""
+    """Images where the next readable one replaces an unreadable one, which is named once on stderr."""
 
     def __init__(self, images: Images) -> None:
         self._images = images
@@ -96,7 +96,7 @@ class _Table:
         self._image_column = _image_column(dataset.features, name, image_column)
         self._label_column = _label_column(dataset.features, name, label_column)
         columns = dataset.select_columns([self._image_column, self._label_column])
-        # Left encoded, so that an image which cannot be read can be named.
+        # Kept encoded, so that an unreadable image can be named.
         self._dataset = columns.cast_column(self._image_column, datasets.Image(decode=False))
         self._decode = datasets.Image().decode_example
         labels, files = self._read_columns()
@@ -144,7 +144,7 @@ class _Table:
 
 
 def _choose(candidates: Sequence[str], given: str | None, preferred: Sequence[str], title: str, name: str) -> str:
-    """Return the column that was asked for, or the one that suggests itself."""
+    """Return the column given, or the only candidate, or one with a usual name."""
     usual = [column for column in preferred if column in candidates]
     if given is None and (usual or len(candidates) == 1):
         return (usual or list(candidates))[0]
@@ -167,7 +167,7 @@ def _label_column(features: Any, name: str, given: str | None) -> str:
 
     classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     numbers = [column for column, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
-    # Any column of numbers may be asked for, but only those of some names are taken for labels unasked.
+    # Any numeric column can be given; by default only columns with usual names count as labels.
     found = numbers if given else classes or [column for column in numbers if column in _LABEL_COLUMNS]
     if not found:
         raise ValueError(f"the images of {name!r} have no labels; its columns are {', '.join(features)}")
@@ -223,7 +223,7 @@ def _from_disk(folder: Path, split: str | None) -> Any:
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # datasets and pyarrow have many kinds of their own
+    except Exception as error:  # datasets and pyarrow raise many exceptions of their own
         raise ValueError(f"the data set in {str(folder)!r} is damaged: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         return found[_choose_split(list(found), split, str(folder))]

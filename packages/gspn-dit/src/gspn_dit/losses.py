@@ -60,7 +60,7 @@ class NoiseLoss(nn.Module):
         product = alphas.cumprod(0)
         before = torch.cat((torch.ones(1, dtype=torch.float64), product[:-1]))
         posterior = betas * (1 - before) / (1 - product)
-        # The posterior has no variance at t = 0; the next one stands in.
+        # The posterior has no variance at t = 0; that of t = 1 is used instead.
         posterior[0] = posterior[1]
         tables = {
             "signal": product.sqrt(),
@@ -86,7 +86,7 @@ class NoiseLoss(nn.Module):
         return self._at("signal", t) * x0 + self._at("noise", t) * noise
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Return what the model is given as its time."""
+        """Return the model's time input."""
         return t
 
     def forward(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ class FlowLoss(nn.Module):
         return (1 - s) * x0 + s * noise
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Return what the model is given as its time."""
+        """Return the model's time input."""
         return t * self.timesteps
 
     def forward(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The figures that generated images are judged by, from features of samples and of references."""
+"""Metrics of generated images, from features of samples and of references."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def check_neighbors(neighbors: int, **counts: int) -> None:
-    """Refuse a k-th neighbour that some set of points does not have.
+    """Refuse a k that is not smaller than every set of points.
 
     Raises:
         ValueError: neighbors is not below each of the counts.

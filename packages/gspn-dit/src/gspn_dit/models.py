@@ -205,7 +205,7 @@ class GSPNDiTTransformer2DModel(ModelMixin, ConfigMixin):
         own = {id(layer) for m in self.modules() if isinstance(m, SpatialPropagation) for layer in m.modules()}
         for layer in self.modules():
             if id(layer) in own:
-                continue  # initialised by its own rule
+                continue  # initialises itself
             pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
             if pointwise or isinstance(layer, nn.Linear) or layer is self.patch_embed:
                 assert isinstance(layer, (nn.Conv2d, nn.Linear))

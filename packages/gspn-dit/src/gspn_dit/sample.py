@@ -224,7 +224,7 @@ class Sampling:
         self.size = self._latent_size(state)
         self.out = Path(config.out)
         self.images = self.out / "images"
-        # Whatever the images depend on.
+        # All that the images depend on.
         kept = ("count", "classes", "sampler_steps", "guidance", "guidance_channels", "seed", "batch_size", "precision")
         self.settings = {key: to_dict(config)[key] for key in kept} | {
             "checkpoint": str(folder),
@@ -282,7 +282,7 @@ class Sampling:
         began = time.perf_counter()
         self._open_folder()
         config, accelerator = self.config, self.accelerator
-        # Batches are the same whatever the processes, since the last bits may depend on what shares a batch.
+        # Batches do not depend on the number of processes, since the last bits may depend on the batch.
         batches = [
             range(first, min(first + config.batch_size, config.count))
             for first in range(0, config.count, config.batch_size)
@@ -338,5 +338,5 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     """Draw samples as configured and return a summary; see `Sampling.run`."""
     summary = Sampling(config).run()
     if config.progress and summary["drawn"] == 0:
-        print(f"{summary['folder']} was complete", file=sys.stderr)
+        print(f"{summary['folder']} is complete: nothing was drawn", file=sys.stderr)
     return summary

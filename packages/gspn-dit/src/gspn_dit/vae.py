@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-# Whatever latents depend on; absent are the size it was trained at and hints of precision.
+# The configuration that latents depend on; not the training size and hints of precision.
 _FIELDS = (
     *("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block"),
     *("act_fn", "latent_channels", "norm_num_groups", "scaling_factor", "shift_factor"),
@@ -60,7 +60,7 @@ def load_vae(path: str) -> AutoencoderKL:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"the VAE in {path!r} is damaged or incomplete: {str(error).splitlines()[0]}") from error
-    # diffusers would leave these at random values.
+    # diffusers leaves missing weights at random values.
     if report["missing_keys"]:
         raise ValueError(f"the VAE in {path!r} is incomplete: it lacks {report['missing_keys'][0]}")
     found: AutoencoderKL = vae.float().eval()

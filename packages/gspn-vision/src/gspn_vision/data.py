@@ -36,7 +36,7 @@ class Preprocessing:
         """Make it from the `pretrained_cfg` of a timm folder."""
         channels, height, width = values["input_size"]
         mean, std = (tuple(values[name]) for name in ("mean", "std"))
-        # Of a model of grey images timm keeps the means of the colours.
+        # For a model of grey images timm still lists the mean of every colour.
         mean, std = (v if len(v) == channels else (sum(v) / len(v),) * channels for v in (mean, std))
         return cls(
             in_chans=channels,
@@ -89,7 +89,7 @@ class Preprocessing:
 
 
 class Sample(NamedTuple):
-    """One image, ready for the model; `unreadable` names what was passed over to get it."""
+    """One image, ready for the model; `unreadable` are messages about the images that were skipped to get it."""
 
     image: Tensor | None
     target: int
@@ -135,8 +135,8 @@ class Unreadable:
 class Samples(Dataset[Sample]):
     """Transformed samples of a source.
 
-    Keys are (epoch, index) for training, where the epoch and the index seed the augmentation and an unreadable image
-    gives way to the next readable one, and plain indices otherwise, where it is left out.
+    Keys are (epoch, index) for training: both seed the augmentation, and the next readable image replaces an unreadable
+    one. Otherwise keys are indices, and an unreadable image is left out.
     """
 
     def __init__(self, source: Source, transform: Any, mode: str, *, seed: int = 0) -> None:
@@ -181,7 +181,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def training_loader(samples: Samples, batches: Order, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Return a loader of what `batches` asks for."""
+    """Return a loader of the batches in `batches`."""
     return DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=batches,

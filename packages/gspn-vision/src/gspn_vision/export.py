@@ -20,21 +20,21 @@ from .models import build_model
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _AXES = {0: "batch", 2: "height", 3: "width"}
 
-# Of the largest output: what fifty layers' roundings in float32 come to, with room.
+# Allowed difference, relative to the largest output: twice the rounding errors of fifty float32 layers or more.
 _TOLERANCE = 1e-4
 
 
 class ExportMismatchError(ArithmeticError):
-    """What was written computes something else than the model."""
+    """The exported file computes something else than the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A file that was written.
 
-    `images` and `logits` are the shapes of its input and output; a name stands for an open dimension. `difference` is
-    the largest between its outputs and the model's for random images, `largest` the largest output; both are None
-    where onnxruntime is missing.
+    `images` and `logits` are the shapes of its input and output; an open dimension is given by its name. `difference`
+    is the largest between its outputs and the model's for random images, `largest` the largest output; both are None
+    if onnxruntime is missing.
     """
 
     path: Path
@@ -97,7 +97,7 @@ def export(
     path = Path(path)
     _check_arguments(path, format, input_size, batch)
     open_axes = [axis for axis in _AXES if (batch is None if axis == 0 else dynamic_size)]
-    # Two images, where the number is open: the exporter takes one for a constant.
+    # Two images if the batch size is dynamic: the exporter would treat 1 as a constant.
     images = _noise((batch or 2, *input_size))
     # Under autograd the scans save states, and torch.export would limit the sizes to those that need as many.
     with torch.no_grad():
@@ -222,7 +222,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Return lines for people."""
+    """Return the result as readable lines."""
     lines = [
         f"{result['path']}: {result['bytes'] / 1e6:.1f} MB",
         f"input   images ({', '.join(map(str, result['images']))}) float32",

@@ -30,12 +30,12 @@ def read_weights(origin: str) -> dict[str, Tensor]:
     try:
         return checkpoint_filter_fn(load_state_dict(origin), nn.Identity())
     except Exception as error:
-        # Readers of several formats stand behind timm's, each with errors of its own.
+        # timm delegates to readers of several formats, each of which raises its own exceptions.
         raise ValueError(f"start_from cannot be read: {origin}: {error}") from None
 
 
 def start_from(model: nn.Module, origin: str) -> list[str]:
-    """Load weights to fine-tune; return what was left as it was: a classifier of another number of classes.
+    """Load weights to fine-tune; return the names that were not loaded: a classifier with another number of classes.
 
     Raises:
         FileNotFoundError, ValueError: see `read_weights`; or the weights are of another model.

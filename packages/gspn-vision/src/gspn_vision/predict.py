@@ -115,7 +115,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def line_of(guess: Guess) -> str:
-    """Return a line for people."""
+    """Return a readable line."""
     parts = [f"{c} {100 * p:.1f}%" for c, p in zip(guess.classes, guess.probabilities, strict=True)]
     truth = f"   (is {guess.truth})" if guess.truth is not None else ""
     return f"{guess.image}: {', '.join(parts)}{truth}"

@@ -126,7 +126,7 @@ class TimmSource:
         if self._reader is None:
             image, label = self._dataset[index]
             return image, int(label)
-        # Past timm's own dataset, which replaces an unreadable image by the next without a word to the caller.
+        # Bypass timm's dataset, which silently replaces an unreadable image by the next.
         file, label = self._reader[index]
         return read_image(file, self.name(index)), int(label)
 

@@ -252,7 +252,7 @@ class Gspn(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages past the last of `indices`, with what sat on them; return the stages kept as outputs."""
+        """Remove the stages after the last of `indices`, norm and head included; return the stages kept as outputs."""
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -269,7 +269,7 @@ class Gspn(nn.Module):
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features to logits (N, num_classes), or to what the classifier sees."""
+        """Features to logits (N, num_classes), or to the classifier's input."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Any timm model by name, with errors for people."""
+"""Builds any timm model by name, with readable errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def check_name(name: str) -> None:
-    """Refuse what is not the name of a timm model.
+    """Refuse a name that timm does not know.
 
     Raises:
         ValueError: it suggests names that are close.
