@@ -150,7 +150,8 @@ def test(session: nox.Session) -> None:
     parallel = ("-n", str(processes), "--dist", "loadfile") if processes > 1 else ()
     for name in names:
         with session.chdir(f"packages/{name}" if name in PACKAGES else name):
-            session.run(python, "-m", "pytest", *parallel, env={"OMP_NUM_THREADS": "1"}, external=True)
+            command = (python, "-m", "pytest", "--durations=10", *parallel)
+            session.run(*command, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")

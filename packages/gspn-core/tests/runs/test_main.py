@@ -31,7 +31,7 @@ def work(options):
     """Return a result, or raise what the test asks for."""
     if options.count in ERRORS:
         raise ERRORS[options.count][0]
-    return {"count": options.count, "nothing": None, "folder": "x"}
+    return {"count": options.count, "nothing": None, "folder": "x", "share": 2 / 3}
 
 
 def as_text(result):
@@ -62,9 +62,9 @@ def call(capsys, *words):
 
 
 def test_results(capsys):
-    assert call(capsys, "work") == (0, "count   3\nfolder  x\n", "")
+    assert call(capsys, "work") == (0, "count   3\nfolder  x\nshare   0.666667\n", "")
     code, out, _ = call(capsys, "work", "--json", "--count", "4")
-    assert code == 0 and json.loads(out) == {"count": 4, "nothing": None, "folder": "x"}
+    assert code == 0 and json.loads(out) == {"count": 4, "nothing": None, "folder": "x", "share": 2 / 3}
     assert call(capsys, "count", "--count=5") == (0, "counted 5\n", "")
 
 

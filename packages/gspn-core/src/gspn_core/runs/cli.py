@@ -49,7 +49,8 @@ def _load(name: str) -> Any:
 
 def as_lines(result: Mapping[str, Any]) -> str:
     """Lay a result out, a line for each value that is there."""
-    shown = {key: value for key, value in result.items() if value is not None}
+    there = {key: value for key, value in result.items() if value is not None}
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in there.items()}
     width = max(map(len, shown), default=0)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
 
