@@ -133,7 +133,8 @@ def run(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    images, captions = (values[:count] for values in draw_digits())
+    images, captions = draw_digits()
+    images, captions = images[:count], captions[:count]
     if not (out / "images").is_dir():
         write_images(out / "images", images, captions)
     teacher = out / "teacher"

@@ -80,11 +80,11 @@ def test_documented_commands_are_right():
             _parser().parse_args([word for word in words[1:] if word != "NAME"])
             continue
         cli = import_module(f"{package_of(words)}.cli")
-        parse(_load(cli.COMMANDS[words[1]].options), words[2:], shipped=configs_folder(cli.__file__))
+        parse(_load(cli.COMMANDS[words[1]].options), words[2:], shipped=configs_folder(str(cli.__file__)))
 
 
 def test_no_two_documented_commands_write_to_one_place():
-    outs = {}
+    outs: dict[Path, set[tuple[str, str]]] = {}
     for _, words in documented():
         if words[1] in ("train", "distill", "extract", "sample", "generate", "upscale"):
             out = words[words.index("--out") + 1] if "--out" in words else None
