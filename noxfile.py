@@ -33,7 +33,7 @@ PACKAGES = sorted(
     (path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")), key=lambda name: (name != "gspn-core", name)
 )
 # Beside what the packages name in their extra `test`.
-TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3", "mypy==2.4.1", "types-PyYAML")
+TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.7", "mypy==2.4.1", "types-PyYAML")
 LINT_TOOLS = ("ruff==0.17.5", "clang-format==23.1.5")
 
 
@@ -147,7 +147,7 @@ def test(session: nox.Session) -> None:
     names = _named(session, [*PACKAGES, "demos", "tools"])
     python = _shared(session)
     processes = min(4, os.cpu_count() or 1)
-    parallel = ("-n", str(processes), "--dist", "loadfile") if processes > 1 else ()
+    parallel = ("-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder") if processes > 1 else ()
     for name in names:
         with session.chdir(f"packages/{name}" if name in PACKAGES else name):
             command = (python, "-m", "pytest", "--durations=10", *parallel)
@@ -189,13 +189,9 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def typecheck(session: nox.Session) -> None:
     """Check types: strictly in gspn-core, ordinarily elsewhere."""
-    python = _shared(session)
-    session.run(python, "-m", "mypy", "--strict", "packages/gspn-core/src", external=True)
-    for name in PACKAGES:
-        if name != "gspn-core":
-            session.run(python, "-m", "mypy", f"packages/{name}/src", external=True)
-    session.run(python, "-m", "mypy", "tools", external=True)
-    session.run(python, "-m", "mypy", *map(str, sorted((ROOT / "demos").glob("*.py"))), external=True)
+    sources = [f"packages/{name}/src" for name in PACKAGES]
+    demos = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("demos/*.py"))]
+    session.run(_shared(session), "-m", "mypy", *sources, "tools", *demos, external=True)
 
 
 @nox.session(venv_backend="none")

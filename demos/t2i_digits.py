@@ -191,7 +191,7 @@ def run(
     clip = make_clip(out / "clip", images, captions, clip_steps)
 
     def measure(folder: Path) -> dict[str, float]:
-        options = {"images": str(folder / "images"), "captions": str(texts), "metrics": ["clip_fid", "clip_t"], **clip}
+        options = {"samples": str(folder / "images"), "captions": str(texts), "metrics": ["clip_fid", "clip_t"], **clip}
         options |= {"reference": str(out / "images"), "prefix": "", "out": str(folder / "evaluation")}
         statistics = str(out / "reference.npz")  # measured once
         options |= {"reference": statistics} if Path(statistics).is_file() else {"save_reference": statistics}
