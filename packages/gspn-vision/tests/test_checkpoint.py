@@ -5,8 +5,10 @@ import json
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from vision_cases import TINY
 
+from gspn_core.runs import checkpoints
 from gspn_core.runs.files import store_tensors
 from gspn_vision import checkpoint
 from gspn_vision.data import Preprocessing
@@ -71,6 +73,35 @@ def test_what_is_not_a_model(folder, tmp_path):
     (path / "model.safetensors").write_bytes(b"damage")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         checkpoint.load_model(path)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lamb", "lion", "madgradw", "sgd"])
+def test_optimizers_of_timm_go_on_as_if_nothing_had_happened(name, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        model = build_model("gspn2_nano", ARGUMENTS)
+        return model, create_optimizer_v2(model, name, lr=1e-2, weight_decay=0.1)
+
+    def steps(model, optimizer, first):
+        for step in range(first, first + 2):
+            torch.manual_seed(step)
+            model(torch.randn(2, 1, 32, 32)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = fresh()
+    steps(model, optimizer, 0)
+    tensors, values = checkpoints.optimizer_state(model, optimizer)
+    checkpoints.save(tmp_path, 2, {checkpoints.OPTIMIZER: tensors}, {}, {"optimizer": values}, keep=1)
+    other, continued = fresh()
+    other.load_state_dict(model.state_dict())
+    folder = checkpoints.latest(tmp_path)
+    checkpoints.restore_optimizer(
+        other, continued, folder, json.loads((folder / "state.json").read_text())["optimizer"]
+    )
+    steps(model, optimizer, 2)
+    steps(other, continued, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_unknown_models_and_arguments():

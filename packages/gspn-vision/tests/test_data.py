@@ -49,6 +49,12 @@ def test_augmentation_depends_on_epoch_and_image_alone(workers):
     assert not torch.equal(samples[3, 0].image, samples[4, 0].image)
 
 
+def test_an_unknown_policy_of_augmentation():
+    options = make(TrainConfig, {"in_chans": 1, "auto_augment": "foo"})
+    with pytest.raises(ValueError, match="auto_augment must be a policy of timm, got 'foo'"):
+        GREY.training_transform(options)
+
+
 def test_folder(image_folder):
     train = open_source(str(image_folder), "train")
     assert train.class_names == ["blue", "green", "red"]

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 def _info(args: argparse.Namespace) -> int:
     installed = info()
     if args.json:
-        print(json.dumps(installed, indent=2))
+        print(json.dumps(installed))
         return 0
     lines = list(_flatten(installed))
     width = max(len(key) for key, _ in lines)

@@ -104,6 +104,29 @@ def test_as_many_are_kept_as_asked_for_and_the_best(tmp_path, keep):
     assert kept == sorted({2, *range(13 - keep, 13)})
 
 
+def test_only_checkpoints_are_removed(tmp_path):
+    for name in ("backup", "zz-mine", "step-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".step-00000002.tmp").mkdir()
+    for step in (1, 2, 3):
+        write(tmp_path, step, best=None, keep=2)
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert folders == ["backup", "step-00000002", "step-00000003", "step-1", "zz-mine"]
+
+
+def test_a_removed_checkpoint_is_named(tmp_path):
+    write(tmp_path / "checkpoints", 1, best=None, keep=2)
+    write(tmp_path / "checkpoints", 2, best=None, keep=2)
+    shutil.rmtree(checkpoints.latest(tmp_path / "checkpoints"))
+    message = r"step-00000002 has been removed; to go on from an older checkpoint, name it in .*index\.json"
+    with pytest.raises(FileNotFoundError, match=message):
+        checkpoints.latest(tmp_path / "checkpoints")
+    with pytest.raises(FileNotFoundError, match=message):
+        checkpoints.locate(tmp_path, "config.json")
+    (tmp_path / "checkpoints" / "index.json").write_text('{"latest": "step-00000001"}')
+    assert read(tmp_path, "latest") == 1
+
+
 def test_nothing_is_pickled(tmp_path):
     write(tmp_path, 1, best=None)
     found = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
@@ -146,6 +169,22 @@ def test_weights_of_another_model():
     assert model.weight.eq(1).all()
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps a tensor for each group, as LAMB does, and moves weights at a rate of 0 too, as MADGRAD does."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr})
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                group["step"] = group.get("step", torch.zeros(())) + 1
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        start = self.state[parameter].setdefault("start", parameter.clone())
+                        parameter.copy_(0.5 * start + parameter / (1 + group["step"]) - group["lr"] * parameter.grad)
+
+
 def make_optimizer(name, model):
     rows = [{"params": [model[0].weight], "lr": 0.02, "lr_scale": 0.5}, {"params": [model[0].bias, model[2].weight]}]
     kinds = {
@@ -153,12 +192,13 @@ def make_optimizer(name, model):
         "sgd": lambda: torch.optim.SGD(rows, lr=0.01, momentum=0.9, nesterov=True),
         "plain sgd": lambda: torch.optim.SGD(rows, lr=0.01),
         "adafactor": lambda: torch.optim.Adafactor(rows, lr=0.01),
+        "counting": lambda: Counting(rows, lr=0.01),
         "rmsprop": lambda: torch.optim.RMSprop(rows, lr=0.01, momentum=0.5),
     }
     return kinds[name]()
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "plain sgd", "adafactor", "rmsprop"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "plain sgd", "adafactor", "rmsprop", "counting"])
 def test_an_optimizer_goes_on_as_if_nothing_had_happened(name, tmp_path):
     """Also with groups of their own rates, and with parameters that are not trained."""
 

@@ -1,6 +1,7 @@
 """CSV tables and TensorBoard's files, right after a continuation."""
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gspn_core.runs.logs import Log, read_table
@@ -34,6 +35,13 @@ def test_rows_past_the_continuation_are_dropped_and_torn_ones_too(tmp_path):
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(2, 0.5), (4, 0.25), (6, 9.0)]
     assert "validation/top1" not in board.Tags()["scalars"]
     assert board.Tags()["images"] == ["samples"]
+
+
+def test_a_foreign_table_is_not_touched(tmp_path):
+    (tmp_path / "train.csv").write_text("file,label\na.png,3\n")
+    with pytest.raises(ValueError, match=r"train\.csv is not the log of a run; give another folder as `out`"):
+        Log(tmp_path, TABLES, 0, tensorboard=False)
+    assert (tmp_path / "train.csv").read_text() == "file,label\na.png,3\n"
 
 
 def test_without_tensorboard(tmp_path):

@@ -73,6 +73,13 @@ def test_only_the_main_process_prints(capsys, monkeypatch):
     assert call(capsys, "work") == (0, "", "")
 
 
+def test_json_has_no_nan():
+    assert cli._finite({"loss": float("nan"), "rows": [(1.0, float("inf")), "x"]}) == {
+        "loss": None,
+        "rows": [[1.0, None], "x"],
+    }
+
+
 @pytest.mark.parametrize("count", ERRORS)
 def test_errors(capsys, count):
     code, out, err = call(capsys, "work", "--count", str(count))

@@ -54,6 +54,7 @@ def read(*words, shipped=None):
 def shipped(tmp_path):
     (tmp_path / "small.yaml").write_text("image_size: 3x4\nscale: [0.1, 0.5]\nlr: 1e-4\nclip_grad: null\nnpz: true\n")
     (tmp_path / "wrong.yaml").write_text("image_siz: 3\n")
+    (tmp_path / "scalar.yaml").write_text("prompts: a\n")
     return tmp_path
 
 
@@ -70,6 +71,8 @@ def shipped(tmp_path):
         (["--scale", "0.25", "2"], "scale", (0.25, 2.0)),
         (["--model-kwargs", "{depth: 2}"], "model_kwargs", {"depth": 2}),
         (["--clip-grad", "null"], "clip_grad", None),
+        (["--mean", "null"], "mean", None),
+        (["--classes=null"], "classes", None),
         (["--mean", "0.5"], "mean", (0.5,)),
         (["--precision", "bf16"], "precision", "bf16"),
     ],
@@ -86,6 +89,7 @@ def test_files_and_the_command_line(shipped):
     other.write_text("lr: 5\n")
     assert read("--config", str(other), "--config=small", shipped=shipped).lr == 1e-4
     assert read("--config", "small", "--config", str(other), shipped=shipped).lr == 5
+    assert read("--lr", "7", "--config", str(other), "--config", "small", shipped=shipped).lr == 7
     assert read_config("small", shipped)["npz"] is True
 
 
@@ -95,7 +99,8 @@ def test_files_and_the_command_line(shipped):
         (["--img-size", "3"], "unknown option '--img-size', did you mean '--image-size'?"),
         (["--qqq", "3"], "unknown option '--qqq'"),
         (["--config", "wrong"], "unknown option 'image_siz', did you mean 'image_size'?"),
-        (["--config", "absent"], "no configuration file 'absent'; shipped are small, wrong"),
+        (["--config", "scalar"], r"prompts must be a list, such as \[a\], got 'a' in .*scalar\.yaml"),
+        (["--config", "absent"], "no configuration file 'absent'; shipped are scalar, small, wrong"),
         (["--lr", "-1"], "lr: .*-1"),
         (["--image-size", "3x"], "image_size: expected a side in pixels or HEIGHTxWIDTH, .*got '3x'"),
         (["--prompts", "a", "--prompts", "b"], "--prompts is given twice; a list is written as words"),
@@ -125,6 +130,9 @@ def test_round_trips():
     "values,message",
     [
         ({"imag": 1}, "unknown option 'imag'"),
+        ({"prompts": None}, "prompts must be a list, such as .None., got None"),
+        ({"mean": 0.5}, r"mean must be a list, such as \[0\.5\], got 0\.5"),
+        ({"json": True}, "unknown option 'json'"),
         ({"image_siz": 1}, "unknown option 'image_siz', did you mean 'image_size'?"),
         ({"lr": 0}, "lr: "),
         ({"scale": [1]}, "scale must be 2 values, got \\[1.0\\]"),

@@ -153,7 +153,8 @@ class EvaluateConfig:
     """Every option of `gspn-dit evaluate`.
 
     Args:
-        samples: .npz with `arr_0`, uint8 (N, H, W, 1 or 3) or (N, H, W), or a folder of PNG and JPEG files
+        samples: .npz with `arr_0`, uint8 (N, H, W, 1 or 3) or (N, H, W), or a folder of PNG and JPEG files, as
+            OUT/images of sample
         reference: the same, `digits` or `digits:FIRST:END`; an .npz may hold the statistics mu, sigma, mu_s, sigma_s
             of Inception beside the images or in their place
         labels: classes that the samples were asked for, in their order (of a folder: of the sorted paths): a JSON

@@ -286,13 +286,13 @@ class Sampling:
         batches = [
             range(first, min(first + config.batch_size, config.count))
             for first in range(0, config.count, config.batch_size)
-        ][accelerator.process_index :: accelerator.num_processes]
+        ]
         missing = [batch for batch in batches if not all(self._file(index).is_file() for index in batch)]
+        accelerator.wait_for_everyone()  # all list what is missing before any draws
+        own = missing[accelerator.process_index :: accelerator.num_processes]
         show = config.progress and accelerator.is_main_process
-        total = sum(map(len, batches))
-        with tqdm(total=total, unit="image", desc="samples", disable=not show) as bar:
-            bar.update(total - sum(map(len, missing)))
-            for batch in missing:
+        with tqdm(total=sum(map(len, own)), unit="image", desc="samples", disable=not show) as bar:
+            for batch in own:
                 pixels = to_pixels(self._images(batch))
                 for index, image in zip(batch, pixels, strict=True):
                     save_png(image, self._file(index))
@@ -336,7 +336,8 @@ class Sampling:
 
 def sample(config: SampleConfig) -> dict[str, Any]:
     """Draw samples as configured and return a summary; see `Sampling.run`."""
-    summary = Sampling(config).run()
-    if config.progress and summary["drawn"] == 0:
+    sampling = Sampling(config)
+    summary = sampling.run()
+    if config.progress and sampling.accelerator.is_main_process and summary["drawn"] == 0:
         print(f"{summary['folder']} is complete: nothing was drawn", file=sys.stderr)
     return summary

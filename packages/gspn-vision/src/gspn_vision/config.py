@@ -95,7 +95,7 @@ class TrainConfig(TrainingOptions):
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
-    crop_pct: ClosedUnitInterval = 0.9
+    crop_pct: PositiveFloat = 0.9
     augment: bool = True
     train_crop: Literal["rrc", "rkrc", "rkrr"] = "rrc"
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
@@ -112,7 +112,7 @@ class TrainConfig(TrainingOptions):
     lr: PositiveFloat = 1e-3
     lr_batch: PositiveInt | None = None
     weight_decay: NonNegativeFloat = 0.05
-    layer_decay: ClosedUnitInterval | None = None
+    layer_decay: PositiveFloat | None = None
     warmup_epochs: NonNegativeFloat = 5.0
     mesa: NonNegativeFloat = 0.0
     mesa_start: ClosedUnitInterval = 0.25
@@ -129,6 +129,10 @@ class TrainConfig(TrainingOptions):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} must be two rising numbers, got {[low, high]}")
+        for name in ("crop_pct", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and value > 1:
+                raise ValueError(f"{name} must be at most 1, got {value}")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images, got {self.batch_size}")
         if self.mesa > 0 and self.ema_decay is None:
@@ -192,7 +196,7 @@ class VisualizeConfig(ModelOptions):
     """Every option of `gspn-vision visualize`.
 
     Args:
-        image: a photograph, or digits:N for number N of scikit-learn's digits
+        image: a photograph, or digits:N for number N of scikit-learn's digits; not needed with list_layers
         out: PNG to write
         pixel: row and column in the photograph; null is its centre
         layer: layer to show; null is the first that scans the whole map
@@ -201,7 +205,7 @@ class VisualizeConfig(ModelOptions):
         image_size: height and width that the photograph is resized to; null is its own
     """
 
-    image: str
+    image: str | None = None
     out: str = "propagation.png"
     pixel: tuple[NonNegativeInt, NonNegativeInt] | None = None
     layer: str | None = None

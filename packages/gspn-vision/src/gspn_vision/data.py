@@ -71,6 +71,12 @@ class Preprocessing:
         """Return the transform for training, with the augmentation of a configuration."""
         if not config.augment:
             return self.transform()
+        try:
+            return self._augmented(config)
+        except AssertionError as error:  # timm's, of a policy that it does not know
+            raise ValueError(f"auto_augment must be a policy of timm, got {config.auto_augment!r}: {error}") from None
+
+    def _augmented(self, config: TrainConfig) -> Any:
         return create_transform(
             (self.in_chans, *self.size),
             is_training=True,

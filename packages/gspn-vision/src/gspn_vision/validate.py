@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from gspn_core.runs.files import replacing
+from gspn_core.runs.files import make_folder, replacing
 from gspn_core.runs.training import make_accelerator
 
 from .checkpoint import load_model
@@ -180,6 +180,8 @@ def write_predictions(path: Path, predictions: list[Prediction], source: Source,
 
 def run(config: ValidateConfig) -> dict[str, Any]:
     """Validate as configured: percentages, the mean loss, the number of images, and the confusion matrix."""
+    if config.out is not None:
+        make_folder(Path(config.out).parent)  # refuses before the work
     metrics, predictions, source, class_names = validate(
         config.checkpoint,
         data=config.data,

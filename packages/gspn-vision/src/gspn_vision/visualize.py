@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gspn_core import DIRECTIONS, SpatialPropagation, line_scan, row_stochastic
-from gspn_core.runs.files import replacing
+from gspn_core.runs.files import make_folder, replacing
 
 from .checkpoint import load_model
 from .config import VisualizeConfig
@@ -237,7 +237,10 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
         return {"layers": names}
     if config.all_layers and config.layer is not None:
         raise ValueError(f"layer must not be given with --all-layers, got {config.layer!r}")
+    if config.image is None:
+        raise ValueError("image must be given, or --list-layers")
     photograph = open_image(config.image)[0]
+    make_folder(Path(config.out).parent)
     size = None if config.image_size is None else (config.image_size.height, config.image_size.width)
     results = [
         heat_maps(loaded.model, loaded.preprocessing, photograph, pixel=config.pixel, layer=layer, size=size)

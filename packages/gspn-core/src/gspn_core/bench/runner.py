@@ -66,7 +66,7 @@ def execute(cases: Sequence[Case], lab: Lab, args: argparse.Namespace, *, source
     files = [_new_file(out, record) for out in args.out or ()]
     with torch.cuda.stream(lab.stream) if lab.stream is not None else nullcontext():
         run(cases, lab, record, files=files, progress=args.progress)
-    print(json.dumps(record, indent=2) if args.json else table(record))
+    print(json.dumps(record) if args.json else table(record))
     statuses = [row["status"] for row in record["rows"]]
     for row in record["rows"]:
         if row["status"] in ("failed", "wrong"):

@@ -14,8 +14,10 @@ alone says what counts, name it. Folders that the index does not name may be lef
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,21 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a folder of checkpoints, if any."""
+    """Return the newest checkpoint in a folder of checkpoints, if any.
+
+    Raises:
+        FileNotFoundError: it has been removed.
+    """
     index = read_index(folder)
-    return folder / index["latest"] if index else None
+    return _existing(folder / index["latest"]) if index else None
+
+
+def _existing(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"{checkpoint} has been removed; to go on from an older checkpoint, name it in {checkpoint.parent / INDEX}"
+        )
+    return checkpoint
 
 
 def name_of(step: int) -> str:
@@ -84,10 +98,9 @@ def save(
         write_json(folder / INDEX, {"latest": final.name} | ({} if best is None else {"best": best}))
     except WriteError as error:
         raise WriteError(f"{error}; last good checkpoint: {latest(folder) or 'none'}") from error
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    whole = [path for path in folders if not path.name.startswith(".")]
+    whole = sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
     kept = {*whole[-keep:], final, folder / (best or final.name)}
-    for path in set(folders) - kept:
+    for path in {*whole, *folder.glob(".step-*")} - kept:
         shutil.rmtree(path)
     return final
 
@@ -107,7 +120,7 @@ def locate(path: str | Path, model_file: str, which: str = "latest") -> Path:
     for folder in (path / "checkpoints", path):
         index = read_index(folder)
         if index:
-            return folder / index.get(which, index["latest"])
+            return _existing(folder / index.get(which, index["latest"]))
     if (path / model_file).is_file():
         return path
     raise FileNotFoundError(f"no checkpoint in {str(path)!r}")
@@ -152,10 +165,12 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
 
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     try:
-        flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+        with _keeping_weights(model):
+            flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     except NotImplementedError as error:
         raise ValueError(f"the state of {type(optimizer).__name__} cannot be stored: {error}") from error
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    # Of a group's tensors every parameter of the group has the same one, which safetensors refuses.
+    tensors = {name: value.clone() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
     for name, value in values.items():
         if not _is_json(value):
@@ -180,7 +195,18 @@ def restore_optimizer(
     # JSON has no tuples; AdamW's betas are one.
     flat: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     flat |= read_tensors(checkpoint / OPTIMIZER)
-    set_optimizer_state_dict(model, optimizer, flat, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    with _keeping_weights(model):
+        set_optimizer_state_dict(model, optimizer, flat, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+
+@contextmanager
+def _keeping_weights(model: nn.Module) -> Iterator[None]:
+    """Undo what torch's initialisation of an optimizer without state, a step at rate 0, does to weights: of MADGRAD."""
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    yield
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
 
 
 def pack(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,15 @@ class Command:
 def _load(name: str) -> Any:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite, which JSON does not have, by null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_lines(result: Mapping[str, Any]) -> str:
@@ -85,7 +95,7 @@ def _run(
     result = _load(command.run)(config)
     if int(os.environ.get("RANK", "0")) == 0:
         render: Callable[[Any], str] = _load(command.text) if command.text else as_lines
-        print(json.dumps(result) if "--json" in words else render(result), flush=True)
+        print(json.dumps(_finite(result)) if "--json" in words else render(result), flush=True)
 
 
 def _status(error: BaseException, program: str, resumable: bool) -> int:

@@ -79,10 +79,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             file.chmod(mode)
             _sync(file)
         _sync(temporary)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(temporary, path)
         _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise WriteError(f"cannot write {path}: {error}") from error
     finally:

@@ -31,6 +31,9 @@ class Log:
         tables: the columns of each table, by its name; a first column `step` is added.
         step: updates so far.
         tensorboard: write TensorBoard's files too.
+
+    Raises:
+        ValueError: the folder holds a table of that name which is not a log.
     """
 
     def __init__(self, folder: Path, tables: Mapping[str, Sequence[str]], step: int, *, tensorboard: bool) -> None:
@@ -38,10 +41,13 @@ class Log:
         self._rows: dict[str, csv.DictWriter[str]] = {}
         for name, columns in tables.items():
             path, names = folder / f"{name}.csv", ["step", *columns]
+            rows = read_table(path)
+            if rows and "step" not in rows[0]:
+                raise ValueError(f"{path} is not the log of a run; give another folder as `out`")
             text = io.StringIO()
             writer = csv.DictWriter(text, names, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(row for row in read_table(path) if int(row["step"]) <= step)
+            writer.writerows(row for row in rows if int(row["step"]) <= step)
             write_text(path, text.getvalue())
             self._files[name] = path.open("a", encoding="utf-8", newline="")
             self._rows[name] = csv.DictWriter(self._files[name], names, lineterminator="\n")

@@ -97,7 +97,7 @@ class TrainingOptions:
         weight_decay: of AdamW
         clip_grad: largest norm of the gradient; null does not clip
         ema_decay: decay of the averaged weights; null keeps none
-        ema_warmup: raise the decay from 0.1 in the first updates
+        ema_warmup: raise the decay in the first updates
         precision: of the forward passes (mixed precision)
         gradient_checkpointing: recompute activations to save memory
         device: auto takes the accelerator if any
@@ -263,12 +263,57 @@ def parse(
     twice = sorted({name for name in given if given.count(name) > 1} - {"--config"})
     if twice:
         raise ValueError(f"{twice[0]} is given twice; a list is written as words: {twice[0]} FIRST SECOND")
-    for place, word in enumerate(words):
-        if word == "--config" and place + 1 < len(words):
-            words[place + 1] = find(words[place + 1], shipped)
+    files, words = _take_configs(words)
+    paths = [find(name, shipped) for name in files]
+    for path in paths:
+        _check_lists(kind, read_config(path, None), path)
+    words, nulls = _take_nulls(kind, words)
+    # Files first, so that the command line overrides them wherever it names them.
+    words = [word for path in paths for word in ("--config", path)] + words
+
+    def read() -> Namespace:
+        values = parser.parse_args(words)
+        for name in nulls:
+            values[name] = None
+        return values
+
+    return _checked(kind, read)
+
+
+def _take_configs(words: list[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the values of `--config` and the other words."""
+    files, others, rest = [], [], iter(words)
+    for word in rest:
+        if word == "--config":
+            files += [next(rest, "")]
         elif word.startswith("--config="):
-            words[place] = f"--config={find(word.removeprefix('--config='), shipped)}"
-    return _checked(kind, lambda: parser.parse_args(words))
+            files.append(word.removeprefix("--config="))
+        else:
+            others.append(word)
+    return files, others
+
+
+def _take_nulls(kind: type[Any], words: list[str]) -> tuple[list[str], list[str]]:
+    """Take `--mean null` and the like out of a command line: a parser of lists would read it as a word of the list."""
+    hints, nulls = typing.get_type_hints(kind), []
+    for name, hint in hints.items():
+        option = f"--{name.replace('_', '-')}"
+        if _words_of(hint)[1] is not None and type(None) in typing.get_args(hint):
+            for null in ([option, "null"], [f"{option}=null"]):
+                for place in range(len(words)):
+                    if words[place : place + len(null)] == null:
+                        words = words[:place] + words[place + len(null) :]
+                        nulls.append(name)
+                        break
+    return words, nulls
+
+
+def _check_lists(kind: type[Any], values: Mapping[str, Any], origin: str) -> None:
+    """Refuse a single value, or none, where a list is needed."""
+    for name, hint in typing.get_type_hints(kind).items():
+        value, may_be_null = values.get(name, []), type(None) in typing.get_args(hint)
+        if _words_of(hint)[1] is not None and not isinstance(value, list) and not (value is None and may_be_null):
+            raise ValueError(f"{name} must be a list, such as [{value}], got {value!r} in {origin}")
 
 
 def _checked(kind: type[Config], read: Callable[[], Namespace]) -> Config:
@@ -285,7 +330,9 @@ def make(kind: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: an option is unknown or does not fit; the message names it, what it must be and what it was.
     """
-    return _checked(kind, lambda: parser_of(kind).parse_object(to_plain(dict(values))))
+    plain = to_plain(dict(values))
+    _check_lists(kind, plain, "the options")
+    return _checked(kind, lambda: parser_of(kind).parse_object(plain))
 
 
 def to_plain(value: Any) -> Any:

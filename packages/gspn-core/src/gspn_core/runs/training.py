@@ -20,7 +20,8 @@ from .errors import NonFiniteLossError
 from .options import LRSchedule as LRSchedule
 
 # What may differ between a run and its continuation. batch_size, accumulate, device and compile are what a change of
-# machine needs: an update has as many items as before, but other roundings; the rest leaves the weights as they are.
+# machine needs: an update has the same items as before, but other roundings and, by other micro-batches, other random
+# numbers. The rest leaves the weights as they are.
 FREE_TO_CHANGE = frozenset(
     {"out", "resume", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress"}
     | {"batch_size", "accumulate", "device", "compile"}
