@@ -17,7 +17,7 @@ from torch import nn
 from gspn_core.runs.checkpoints import latest
 from gspn_core.runs.options import make, read_config
 from gspn_vision.checkpoint import load_model
-from gspn_vision.config import CONFIGS, TrainConfig
+from gspn_vision.config import CONFIGS, TrainConfig, ValidateConfig
 from gspn_vision.data import Preprocessing
 from gspn_vision.predict import line_of, predict
 from gspn_vision.sources import Digits
@@ -47,7 +47,7 @@ def run(out: str | Path, *, config: str = "gspn2_nano_digits", epochs: int | Non
     options = make(TrainConfig, values)
     continued = latest(options.folder / "checkpoints") is not None
     summary = train(options)
-    metrics, predictions, source, class_names = validate(summary["folder"])
+    metrics, predictions, source, class_names = validate(ValidateConfig(checkpoint=summary["folder"], workers=0))
     name = options.model
     trained = f"a run found in {out}, continued for" if continued else "trained in"
     print(

@@ -1,15 +1,21 @@
 import pytest
 import torch
 
-from gspn_core.runs.options import ImageSize
+from gspn_core.runs.options import make
 from gspn_vision import benchmark
+from gspn_vision.config import BenchmarkConfig
 
 NAMES = ["gspn2_nano", "resnet10t", "deit_tiny_patch16_224"]
 
 
+def options(**changes):
+    values = {"models": NAMES, "peers": False, "image_size": 64, "repeats": 2, "device": "cpu", "progress": False}
+    return make(BenchmarkConfig, values | changes)
+
+
 @pytest.fixture(scope="module")
 def rows():
-    return benchmark.measure(NAMES, [1, 2], image_size=ImageSize(64, 64), repeats=2, device="cpu")
+    return benchmark.measure(options(batch_sizes=[1, 2]))
 
 
 def test_every_contestant_has_a_row(rows):
@@ -28,29 +34,21 @@ def test_every_contestant_has_a_row(rows):
 def test_the_table_and_the_report(rows):
     text = benchmark.table(rows)
     assert "gspn2_nano" in text and "batch 2" in text and "deit_tiny_patch16_224, inference, batch 1: " in text
-    result = benchmark.report(rows, device="cpu", image_size=ImageSize(64, 64))
+    result = benchmark.report(options(), rows)
     assert result["rows"][0]["model"] == "gspn2_nano"
     assert result["torch"] == torch.__version__
-    assert result["settings"] == {"device": "cpu", "image_size": "64x64"}
+    assert result["settings"]["image_size"] == "64x64"
 
 
-def test_precision_and_compile():
-    (row,) = benchmark.measure(
-        ["gspn2_nano"],
-        [2],
-        modes=["inference"],
-        image_size=ImageSize(32, 32),
-        precision="bf16",
-        repeats=1,
-        device="cpu",
-    )
+def test_precision():
+    changes = {"models": ["gspn2_nano"], "batch_sizes": [2], "modes": ["inference"], "precision": "bf16", "repeats": 1}
+    (row,) = benchmark.measure(options(**changes))
     assert row.images_per_second > 0
 
 
 @pytest.mark.parametrize(
-    "options,message",
-    [({"names": ["resnet0"]}, "resnet0"), ({"batch_sizes": [0]}, "batch_sizes"), ({"repeats": 0}, "repeats")],
+    "changes,message", [({"models": ["resnet0"]}, "resnet0"), ({"batch_sizes": [0]}, "batch_sizes")]
 )
-def test_errors(options, message):
+def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
-        benchmark.measure(**{"names": ["gspn2_nano"], "batch_sizes": [1], **options})
+        benchmark.measure(options(**changes))

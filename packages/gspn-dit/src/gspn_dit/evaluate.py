@@ -118,15 +118,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     state = PartialState(cpu=use_cpu(config.device))
     device = state.device if config.device == "auto" else torch.device("cpu")
     with state.local_main_process_first():  # which alone downloads
-        extractor = build_extractor(
-            config.extractor,
-            weights=config.extractor_weights,
-            kwargs=config.extractor_kwargs,
-            modules=config.extractor_import,
-            mean=config.extractor_mean,
-            std=config.extractor_std,
-            size=config.extractor_size,
-        ).to(device)
+        names = ("weights", "kwargs", "mean", "std", "size")
+        options = {name: getattr(config, f"extractor_{name}") for name in names}
+        extractor = build_extractor(config.extractor, modules=config.extractor_import, **options).to(device)
     references, statistics = open_reference(config.reference, inception=extractor.inception)
     wanted = _computable(config.metrics, extractor, references, statistics, labels, notify=state.is_main_process)
     if labels is not None and "accuracy" in wanted:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import gspn_core
 from gspn_core.runs.files import write_json
-from gspn_core.runs.options import ImageSize, to_plain
+from gspn_core.runs.options import to_dict
 from gspn_core.runs.training import device_of
 
 from . import __version__
@@ -86,65 +86,32 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    names: Sequence[str],
-    batch_sizes: Sequence[int],
-    *,
-    modes: Sequence[Mode] = ("inference", "training"),
-    image_size: ImageSize | None = None,
-    precision: str = "fp32",
-    compile: bool = False,
-    repeats: int = 10,
-    device: str = "auto",
-    progress: bool = False,
-) -> list[Speed]:
+def measure(config: BenchmarkConfig) -> list[Speed]:
     """Time every model at every batch size, on random images.
 
-    Args:
-        names: timm models.
-        batch_sizes: images per step.
-        modes: inference, training (forward, backward, an AdamW step), or both.
-        image_size: height and width; None is 224x224.
-        precision: "fp32", "bf16" or "fp16" (autocast).
-        compile: measure models that went through torch.compile.
-        repeats: timed steps of each contestant; the median counts.
-        device: "auto" or "cpu".
-        progress: show a bar.
-
     Raises:
-        ValueError: an unknown model, or a number that is not positive.
+        ValueError: an unknown model.
     """
+    names = [*config.models, *(peer for peer in PEERS if config.peers and peer not in config.models)]
     for name in names:
         check_name(name)
-    for option, value in (("repeats", repeats), *(("batch_sizes", b) for b in batch_sizes)):
-        if value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
-    where = device_of(device)
-    size = image_size or ImageSize(224, 224)
     rows: list[Speed] = []
-    with tqdm(total=len(modes) * len(batch_sizes), unit="round", disable=not progress) as bar:
-        for mode in modes:
-            for batch_size in batch_sizes:
+    total = len(config.modes) * len(config.batch_sizes)
+    with tqdm(total=total, unit="round", disable=not config.progress) as bar:
+        for mode in config.modes:
+            for batch_size in config.batch_sizes:
                 bar.set_postfix_str(f"{mode}, batch {batch_size}")
-                rows += _round(names, mode, batch_size, size, precision, compile, repeats, where)
+                rows += _round(config, names, mode, batch_size)
                 bar.update()
     return rows
 
 
-def _round(
-    names: Sequence[str],
-    mode: Mode,
-    batch_size: int,
-    size: ImageSize,
-    precision: str,
-    compile: bool,
-    repeats: int,
-    device: torch.device,
-) -> list[Speed]:
+def _round(config: BenchmarkConfig, names: Sequence[str], mode: Mode, batch_size: int) -> list[Speed]:
+    device = device_of(config.device)
     rows = {name: Speed(name, mode, batch_size) for name in names}
     steps: dict[str, Callable[[], None]] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
-    images = torch.randn(batch_size, 3, *size, device=device)
+    images = torch.randn(batch_size, 3, *config.image_size, device=device)
 
     def attempt(name: str, run: Callable[[], object]) -> None:
         try:
@@ -155,15 +122,15 @@ def _round(
 
     def prepare(name: str) -> None:
         model = timm.create_model(name).to(device)
-        if compile:
+        if config.compile:
             model.compile()
-        steps[name] = _step(model, mode, images, precision)
+        steps[name] = _step(model, mode, images, config.precision)
         for _ in range(2):
             steps[name]()
 
     for name in names:
         attempt(name, lambda name=name: prepare(name))  # type: ignore[misc]
-    for _ in range(repeats):
+    for _ in range(config.repeats):
         for name in [*steps]:
             attempt(name, lambda name=name: times[name].append(_seconds(steps[name], device)))  # type: ignore[misc]
     for name in steps:
@@ -173,10 +140,10 @@ def _round(
     return list(rows.values())
 
 
-def report(rows: Sequence[Speed], **settings: Any) -> dict[str, Any]:
+def report(config: BenchmarkConfig, rows: Sequence[Speed]) -> dict[str, Any]:
     """Return the rows as JSON holds them, with device, versions and date."""
     info = gspn_core.info()
-    cuda = torch.cuda.is_available() and settings.get("device") != "cpu"
+    cuda = device_of(config.device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else info["platform"],
         "threads": info["threads"],
@@ -184,7 +151,7 @@ def report(rows: Sequence[Speed], **settings: Any) -> dict[str, Any]:
         "timm": timm.__version__,
         "gspn_vision": __version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": to_plain(settings),
+        "settings": to_dict(config),
         "rows": [asdict(row) for row in rows],
     }
 
@@ -206,17 +173,7 @@ def table(rows: Sequence[Speed]) -> str:
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure as configured, and write the file asked for."""
-    names = [*config.models, *(peer for peer in PEERS if config.peers and peer not in config.models)]
-    settings: dict[str, Any] = {
-        "modes": config.modes,
-        "image_size": config.image_size,
-        "precision": config.precision,
-        "compile": config.compile,
-        "repeats": config.repeats,
-        "device": config.device,
-    }
-    rows = measure(names, config.batch_sizes, **settings, progress=config.progress)
-    result = report(rows, **settings)
+    result = report(config, measure(config))
     if config.out is not None:
         write_json(Path(config.out), result)
     return result

@@ -186,34 +186,20 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def _loader(samples: Samples, workers: int, pin_memory: bool, **order: Any) -> DataLoader[Batch]:
+    processes = loader_workers(workers)
+    options = {"num_workers": processes, "persistent_workers": processes > 0, "pin_memory": pin_memory, **order}
+    return DataLoader(samples, collate_fn=collate, **options)  # type: ignore[arg-type]
+
+
 def training_loader(samples: Samples, batches: Order, workers: int, pin_memory: bool) -> DataLoader[Batch]:
     """Return a loader of the batches in `batches`."""
-    return DataLoader(
-        samples,  # type: ignore[arg-type]
-        batch_sampler=batches,
-        num_workers=loader_workers(workers),
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-    )
+    return _loader(samples, workers, pin_memory, batch_sampler=batches)
 
 
 def validation_loader(
-    samples: Samples,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool = False,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    samples: Samples, batch_size: int, workers: int, pin_memory: bool = False, *, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Batch]:
     """Return a loader of this process's share: every world_size-th sample, each exactly once."""
-    return DataLoader(
-        samples,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        sampler=range(rank, len(samples), world_size),
-        num_workers=loader_workers(workers),
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-    )
+    share = range(rank, len(samples), world_size)
+    return _loader(samples, workers, pin_memory, batch_size=batch_size, sampler=share)

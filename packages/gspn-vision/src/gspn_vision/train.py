@@ -123,14 +123,9 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         samples = Samples(self.train_source, prep.training_transform(config), prep.mode, seed=config.seed)
         self.train_loader = training_loader(samples, self.order, config.workers, pin)
-        self.val_loader = validation_loader(
-            Samples(self.val_source, prep.transform(), prep.mode),
-            config.batch_size,
-            config.workers,
-            pin,
-            rank=self.rank,
-            world_size=self.world,
-        )
+        validated = Samples(self.val_source, prep.transform(), prep.mode)
+        share = {"rank": self.rank, "world_size": self.world}
+        self.val_loader = validation_loader(validated, config.batch_size, config.workers, pin, **share)
         self.unreadable = Unreadable(config.unreadable)
         self.mixup = None
         if config.mixup > 0 or config.cutmix > 0:
@@ -277,14 +272,9 @@ class Trainer:
         """Measure the averaged weights, or the plain ones where none are kept, and keep a model that is the best."""
         config, main = self.config, self.accelerator.is_main_process
         model: Any = self.bare_model if self.ema is None else self.ema.module
-        metrics = evaluate(
-            model,
-            self.val_loader,
-            self.accelerator,
-            len(self.class_names),
-            self.unreadable,
-            progress=config.progress and main,
-        )
+        show = config.progress and main
+        classes = len(self.class_names)
+        metrics = evaluate(model, self.val_loader, self.accelerator, classes, self.unreadable, progress=show)
         self.bare_model.train()
         self.metrics = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
         improved = metrics.top1 > self.best["top1"]

@@ -115,55 +115,30 @@ def evaluate(
     )
 
 
-def validate(
-    checkpoint: str | Path,
-    *,
-    data: str | None = None,
-    data_root: str | None = None,
-    split: str | None = None,
-    which: str = "best",
-    weights: str = "auto",
-    batch_size: int = 128,
-    workers: int = 0,
-    unreadable: str = "stop",
-    device: str = "auto",
-    progress: bool = False,
-) -> tuple[Metrics, list[Prediction], Source, list[str]]:
-    """Validate a checkpoint, on the data that it was trained with unless told otherwise.
+def validate(config: ValidateConfig) -> tuple[Metrics, list[Prediction], Source, list[str]]:
+    """Validate a model, on the data that it was trained with unless told otherwise.
 
     Returns:
         The metrics, the predictions in the order of the data, the data, and the class names.
     """
-    loaded = load_model(checkpoint, which=which, weights=weights)
+    loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
     preprocessing, class_names = loaded.preprocessing, loaded.class_names
     trained_with = loaded.state.get("data") or {}
-    if data is None and not trained_with:
-        raise ValueError(f"data must be given: {str(checkpoint)!r} does not say what it was trained with")
+    if config.data is None and not trained_with:
+        raise ValueError(f"data must be given: {config.checkpoint!r} does not say what it was trained with")
     source = open_source(
-        data or trained_with["name"],
-        split or trained_with.get("val_split", "validation"),
-        root=data_root or trained_with.get("root"),
+        config.data or trained_with["name"],
+        config.split or trained_with.get("val_split", "validation"),
+        root=config.data_root or trained_with.get("root"),
         class_names=class_names,
     )
-    accelerator = make_accelerator(device)
-    policy = Unreadable(unreadable)
-    loader = validation_loader(
-        Samples(source, preprocessing.transform(), preprocessing.mode),
-        batch_size,
-        workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    accelerator, policy = make_accelerator(config.device), Unreadable(config.unreadable)
+    samples = Samples(source, preprocessing.transform(), preprocessing.mode)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loader = validation_loader(samples, config.batch_size, config.workers, **share)
     predictions: list[Prediction] = []
-    metrics = evaluate(
-        loaded.model.to(accelerator.device),
-        loader,
-        accelerator,
-        len(class_names),
-        policy,
-        progress=progress,
-        predictions=predictions,
-    )
+    model, options = loaded.model.to(accelerator.device), {"progress": config.progress, "predictions": predictions}
+    metrics = evaluate(model, loader, accelerator, len(class_names), policy, **options)  # type: ignore[arg-type]
     policy.report()
     return metrics, predictions, source, class_names
 
@@ -182,19 +157,7 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     """Validate as configured: percentages, the mean loss, the number of images, and the confusion matrix."""
     if config.out is not None:
         make_folder(Path(config.out).parent)  # refuses before the work
-    metrics, predictions, source, class_names = validate(
-        config.checkpoint,
-        data=config.data,
-        data_root=config.data_root,
-        split=config.split,
-        which=config.which,
-        weights=config.weights,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        unreadable=config.unreadable,
-        device=config.device,
-        progress=config.progress,
-    )
+    metrics, predictions, source, class_names = validate(config)
     if config.out is not None and PartialState().is_main_process:
         write_predictions(Path(config.out), predictions, source, class_names)
     values = {name: getattr(metrics, name) for name in ("top1", "top5", "loss", "images")}

@@ -172,18 +172,11 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
     # Of a group's tensors every parameter of the group has the same one, which safetensors refuses.
     tensors = {name: value.clone() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
-    for name, value in values.items():
-        if not _is_json(value):
-            raise ValueError(
-                f"the state of {type(optimizer).__name__} cannot be stored: {name} is a {type(value).__name__}"
-            )
+    try:
+        json.dumps(values)
+    except TypeError as error:
+        raise ValueError(f"the state of {type(optimizer).__name__} cannot be stored: {error}") from error
     return tensors, values
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_json(entry) for entry in value)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def restore_optimizer(
