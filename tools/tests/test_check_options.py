@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import check_options
@@ -47,6 +49,29 @@ def test_a_command_that_differs_is_named(place, changes, fault):
     options = [*OPTIONS]
     options[place] = options[place]._replace(**changes)
     assert fault in check(options, ENTRIES, {"top"})
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("program", ["gspn_core", "gspn_vision", "gspn_dit", "gspn_t2i"])
+def test_help_answers_at_once_and_shows_lists_by_an_example(program):
+    """Of every command: in less than 2 s of CPU time, and without importing torch."""
+    listing = f"from {program}.cli import main; main(['--help'])"
+    listed = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True).stdout
+    commands = re.findall(r"^    (\w+)  ", listed, re.MULTILINE)
+    assert len(commands) >= 2
+    code = (
+        "import sys, time, importlib\nmain = importlib.import_module(sys.argv[1] + '.cli').main\ntry:\n"
+        "    main([sys.argv[2], '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules\nassert time.process_time() < 2"
+    )
+    for command in commands:
+        done = subprocess.run([sys.executable, "-c", code, program, command], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command
+        text = " ".join(done.stdout.split())
+        for name in re.findall(r"(--[\w-]+) \w+ \[\w+ \.\.\.\]", done.stdout.partition("options:")[2]):
+            assert program == "gspn_core" or f"such as {name} " in text, (command, name)
 
 
 # ---- documented commands

@@ -18,7 +18,7 @@ import torch
 from gpu_cases import make_cases
 
 import gspn_core
-from gspn_core._command import Parser, UserError, guarded
+from gspn_core._command import Parser, UserError, add_bench_options, guarded
 from gspn_core.bench import runner
 from gspn_core.bench.harness import Lab
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__.partition("\n")[0], prog="gpu.py")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program, with --quick")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start no case after this")
-    runner.add_options(parser)
+    add_bench_options(parser)
     args = parser.parse_args(argv)
 
     def run() -> int:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import gspn_core
 from gspn_core import _backend, _command, cli, info
 
 BENCH = {"--help", "--threads", "--quick", "--repeats", "--filter", "--list", "--json", "--out"}
@@ -33,7 +34,7 @@ def test_info_as_json_is_info(capsys):
 
 
 def test_info_as_a_table_names_every_value(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "info", lambda: {"a": {"b": True, "c": [], "d": None}, "threads": 1})
+    monkeypatch.setattr(gspn_core, "info", lambda: {"a": {"b": True, "c": [], "d": None}, "threads": 1})
     assert cli.main(["info"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert lines == [["a.b", "yes"], ["a.c", "none"], ["a.d", "none"], ["threads", "1"]]

@@ -1,10 +1,19 @@
-"""The line-scan operator of Generalized Spatial Propagation Networks for PyTorch."""
+"""The line-scan operator of Generalized Spatial Propagation Networks for PyTorch.
 
-from . import _flops, reference  # noqa: F401  (torch counts our operations)
-from ._info import __version__, info
-from .module import SpatialPropagation
-from .ops import line_scan, propagate, row_stochastic
-from .reference import DIRECTIONS
+Importing it registers `torch.ops.gspn`, which exported programs and AOTInductor packages need.
+"""
+
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy_attributes, when_imported
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import reference
+    from ._info import info
+    from .module import SpatialPropagation
+    from .ops import line_scan, propagate, row_stochastic
+    from .reference import DIRECTIONS
 
 __all__ = [
     "DIRECTIONS",
@@ -16,3 +25,18 @@ __all__ = [
     "reference",
     "row_stochastic",
 ]
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "DIRECTIONS": "reference",
+        "SpatialPropagation": "module",
+        "info": "_info",
+        "line_scan": "ops",
+        "propagate": "ops",
+        "reference": "reference",
+        "row_stochastic": "ops",
+    },
+)
+
+when_imported("torch", f"{__name__}._flops")  # imports the operators, whose operations torch counts then

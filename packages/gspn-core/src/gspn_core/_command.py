@@ -1,4 +1,4 @@
-"""What the command lines of this package share: a parser, exit statuses, errors on one line."""
+"""What the command lines of this package share: a parser, exit statuses, errors on one line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
 
 
 class UserError(Exception):
@@ -57,7 +56,9 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     except BrokenPipeError:  # nobody reads any further
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
         print(f"{program}: error: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -79,3 +80,17 @@ def positive_integer(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return number
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every benchmark."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a trial run: tiny shapes, few repeats, no targets")
+    add("--repeats", type=positive_integer, metavar="N", help="most repeats of a timing")
+    about_filter = "only the cases whose 'group: name' contains one of these"
+    add("--filter", nargs="+", metavar="SUBSTRING", help=about_filter)
+    add("--list", action="store_true", help="show the cases and end")
+    add("--json", action="store_true", help="print the results as JSON instead of a table")
+    about_out = "files to write the results to, as JSON; in a folder, a file named by device, torch and date"
+    add("--out", nargs="+", type=Path, metavar="FILE", help=about_out)
+    add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars")

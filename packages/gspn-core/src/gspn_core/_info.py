@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import _backend
-
-try:
-    __version__ = version("gspn-core")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "unknown"
+from ._version import __version__
 
 
 def info() -> dict[str, Any]:

@@ -10,12 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from . import _backend
-from ._command import Parser, UserError, guarded, positive_integer
-from ._info import __version__, info
-from .bench import runner
+from ._command import Parser, UserError, add_bench_options, guarded, positive_integer
+from ._version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,12 +31,14 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure the CPU kernels against the reference")
     bench.add_argument("--threads", type=positive_integer, metavar="N", help="threads of torch and of the kernels")
-    runner.add_options(bench)
+    add_bench_options(bench)
     bench.set_defaults(run=_bench)
     return parser
 
 
 def _info(args: argparse.Namespace) -> int:
+    from . import info
+
     installed = info()
     if args.json:
         print(json.dumps(installed))
@@ -67,6 +65,10 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, st
 
 
 def _bench(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import _backend
+    from .bench import runner
     from .bench.cpu_cases import make_cases
     from .bench.harness import Lab
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole ones in force at every moment, and weights and optimizers that come back to the bit."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from gspn_core.runs import checkpoints, files
+from gspn_core.runs.errors import NonFiniteLossError
 from gspn_core.runs.files import read_tensors
 
 WEIGHTS = "model.safetensors"
@@ -236,3 +238,25 @@ def test_an_optimizer_with_other_state_is_refused():
     optimizer.state[model.weight] = {"history": [torch.zeros(1)]}
     with pytest.raises(ValueError, match=r"the state of SGD cannot be stored: .*list"):
         checkpoints.optimizer_state(model, optimizer)
+
+
+def test_a_lost_index_is_made_good(tmp_path):
+    """The newest whole checkpoint counts, and the next one is written beside it instead of over everything."""
+    write(tmp_path, 1, None, keep=3)
+    write(tmp_path, 2, None, keep=3)
+    (tmp_path / "index.json").unlink()
+    (tmp_path / ".step-00000009.tmp").mkdir()
+    assert checkpoints.latest(tmp_path).name == "step-00000002"
+    assert read(tmp_path, "latest") == 2
+    write(tmp_path, 3, None, keep=3)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [checkpoints.name_of(step) for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("file", [WEIGHTS, checkpoints.OPTIMIZER])
+def test_what_is_not_finite_is_not_saved(value, file, tmp_path):
+    write(tmp_path, 1, None)
+    tensors = {file: {"w": torch.tensor([1.0, value]), "count": torch.tensor(3)}}
+    with pytest.raises(NonFiniteLossError, match=rf"w of {file} is not finite at step 2; last good checkpoint: .*1$"):
+        checkpoints.save(tmp_path, 2, tensors, {}, {}, keep=1)
+    assert read(tmp_path, "latest") == 1

@@ -1,9 +1,11 @@
 """Files and folders that are replaced whole, whatever happens in between."""
 
 import errno
+import hashlib
 import os
 import stat
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from gspn_core.runs import files
 from gspn_core.runs.errors import WriteError
 from gspn_core.runs.files import (
     check_record,
+    hash_file,
+    locked,
     make_folder,
     read_json,
     read_tensors,
@@ -137,3 +141,35 @@ def test_records(tmp_path):
     check_record(record, settings | {"source": "b"}, free=("source",))
     with pytest.raises(ValueError, match="holds results of other settings: seed was 1, is 2; give another folder as"):
         check_record(record, settings | {"seed": 2})
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
+    """The lock ends with its process, even if that is killed; the message names the owner."""
+    program = (
+        "import sys, time; from pathlib import Path; from gspn_core.runs.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    message = rf"run is being written by process {holder.pid} on .+; wait for it, or give another folder as `out`"
+    with pytest.raises(ValueError, match=message), locked(folder):
+        pass
+    holder.kill()
+    holder.communicate()
+    with locked(folder):
+        pass
+    with locked(folder):
+        pass
+
+
+def test_only_the_main_process_locks(tmp_path, monkeypatch):
+    with locked(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with locked(tmp_path):
+            pass
+
+
+def test_hash_of_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+    assert hash_file(tmp_path / "file") == hashlib.sha256(b"x" * 3_000_000).hexdigest()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gspn_core.runs.logs import Log, read_table
+from gspn_core.runs.logs import Log, last_value, read_table
 
 TABLES = {"train": ["loss", "lr"], "validation": ["top1"]}
 
@@ -52,3 +52,10 @@ def test_without_tensorboard(tmp_path):
     log.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.csv", "validation.csv"]
     assert read_table(tmp_path / "absent.csv") == []
+
+
+def test_last_value(tmp_path):
+    (tmp_path / "train.csv").write_text("step,loss,top1\n1,2.5,\n2,1.5,\n")
+    assert last_value(tmp_path / "train.csv", "loss") == 1.5
+    assert last_value(tmp_path / "train.csv", "top1") is None
+    assert last_value(tmp_path / "none.csv", "loss") is None

@@ -9,7 +9,17 @@ import pytest
 import yaml
 from jsonargparse.typing import PositiveFloat
 
-from gspn_core.runs.options import ImageSize, Precision, make, parse, parser_of, read_config, to_dict, to_yaml
+from gspn_core.runs.options import (
+    ImageSize,
+    Precision,
+    make,
+    parse,
+    parser_of,
+    read_config,
+    to_dict,
+    to_yaml,
+    warmup_of,
+)
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -166,3 +176,8 @@ def test_help(capsys):
     assert "--pipeline PIPELINE a folder, or a name" in out
     assert "--npz, --no-npz write 100% of it" in out
     assert "--classes CLASSES [CLASSES ...] numbers or names" in out
+
+
+@pytest.mark.parametrize("warmup, total, expected", [(5, 300, 5), (100, 100, 10), (6250, 20, 2), (0, 1, 0)])
+def test_a_warm_up_is_shorter_than_its_run(warmup, total, expected):
+    assert warmup_of(warmup, total) == expected

@@ -1,6 +1,8 @@
 """Learning rates, averages, and what updates report, against plain formulas."""
 
 import math
+import signal
+import threading
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from gspn_core.runs.errors import NonFiniteLossError, explaining_memory
 from gspn_core.runs.training import (
     LearningRate,
     Meter,
+    Termination,
     averaged,
     check_same_run,
+    check_steps,
     loader_workers,
     make_accelerator,
     use_cpu,
@@ -126,3 +130,43 @@ def test_out_of_memory_says_what_saves_some(error):
         raise error
     with pytest.raises(RuntimeError, match="another"), explaining_memory({}):
         raise RuntimeError("another")
+
+
+def test_fewer_steps_than_a_run_has_done(tmp_path):
+    check_steps(tmp_path, 5, 5)
+    with pytest.raises(ValueError, match="steps must be at least the 5 updates that the run in .* has done, got 4"):
+        check_steps(tmp_path, 5, 4)
+
+
+def test_termination_is_noted_once_and_undone():
+    before = signal.getsignal(signal.SIGTERM)
+    with Termination(make_accelerator("cpu")) as termination:
+        assert not termination.asked(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert termination.asked(2)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_termination_outside_the_main_thread_is_left_alone():
+    seen = []
+
+    def run():
+        with Termination(make_accelerator("cpu")) as termination:
+            seen.append(termination.asked(1))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_tf32_is_switched_on_and_not_off():
+    before = torch.get_float32_matmul_precision()
+    try:
+        make_accelerator("cpu")
+        assert torch.get_float32_matmul_precision() == before
+        make_accelerator("cpu", tf32=True)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

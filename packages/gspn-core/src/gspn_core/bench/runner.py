@@ -1,4 +1,4 @@
-"""Runs cases, records their rows with device, versions and date, and has the options that both benchmarks share."""
+"""Runs cases, and records their rows with device, versions and date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._command import UserError, first_line, positive_integer
+from .._command import UserError, first_line
 from .._info import info
 from .harness import Case, DisagreementError, Figures, Lab, Target, UnavailableError
 from .report import table
@@ -30,20 +30,6 @@ STATUSES = ("measured", "skipped", "not run", "failed", "wrong")
 # Attributes of cases that their rows repeat, the last four of attention.
 FACTS: tuple[str, ...] = ("op", "dtype", "shape", "directions", "weight_groups", "lam_channels", "u_channels")
 FACTS += ("batch", "tokens", "channels", "heads")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every benchmark."""
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a trial run: tiny shapes, few repeats, no targets")
-    add("--repeats", type=positive_integer, metavar="N", help="most repeats of a timing")
-    about_filter = "only the cases whose 'group: name' contains one of these"
-    add("--filter", nargs="+", metavar="SUBSTRING", help=about_filter)
-    add("--list", action="store_true", help="show the cases and end")
-    add("--json", action="store_true", help="print the results as JSON instead of a table")
-    about_out = "files to write the results to, as JSON; in a folder, a file named by device, torch and date"
-    add("--out", nargs="+", type=Path, metavar="FILE", help=about_out)
-    add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars")
 
 
 def select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:

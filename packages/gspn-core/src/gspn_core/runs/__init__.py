@@ -3,6 +3,7 @@
 It needs the extra `gspn-core[runs]`; the operator imports none of it.
 
     files         files and folders that are replaced whole; the record of what a folder was made with
+    images        image files, decoded in one way
     logs          CSV tables and TensorBoard that continue after a resume
     order         which items an update sees, and seeds, as functions of counters
     checkpoints   the folder of a run's checkpoints, weights, the optimizer's state

@@ -8,7 +8,7 @@
         state.json               everything else
 
 A folder is written under another name and renamed when all of it has reached the disk; only then does the index, which
-alone says what counts, name it. Folders that the index does not name may be leftovers.
+says what counts, name it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .errors import WriteError
+from .errors import NonFiniteLossError, WriteError
 from .files import make_folder, read_json, read_tensors, replacing_folder, store_tensors, write_json
 
 INDEX = "index.json"
@@ -33,10 +33,22 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 
 
+def _whole(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+
+
 def read_index(folder: Path) -> dict[str, str]:
-    """Return the names of the latest and, where there is one, the best checkpoint; empty if there is none."""
-    index: dict[str, str] = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    return index
+    """Return the names of the latest and, where there is one, the best checkpoint; empty if there is none.
+
+    Where the index was lost, the newest folder is the latest: each got its name when all of it was on the disk.
+    """
+    if (folder / INDEX).is_file():
+        index: dict[str, str] = read_json(folder / INDEX)
+        return index
+    whole = _whole(folder)
+    return {"latest": whole[-1].name} if whole else {}
 
 
 def latest(folder: Path) -> Path | None:
@@ -84,9 +96,16 @@ def save(
         best: name of the best checkpoint from now on, which is kept too.
 
     Raises:
-        WriteError: the disk is full or not writable; older checkpoints are as they were.
+        NonFiniteLossError: a tensor holds infinity or NaN; older checkpoints are as they were.
+        WriteError: the disk is full or not writable; likewise.
     """
     final = folder / name_of(step)
+    for file, values in tensors.items():
+        for name, tensor in values.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise NonFiniteLossError(
+                    f"{name} of {file} is not finite at step {step}; last good checkpoint: {latest(folder) or 'none'}"
+                )
     try:
         make_folder(folder)
         with replacing_folder(final) as temporary:
@@ -98,7 +117,7 @@ def save(
         write_json(folder / INDEX, {"latest": final.name} | ({} if best is None else {"best": best}))
     except WriteError as error:
         raise WriteError(f"{error}; last good checkpoint: {latest(folder) or 'none'}") from error
-    whole = sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+    whole = _whole(folder)
     kept = {*whole[-keep:], final, folder / (best or final.name)}
     for path in {*whole, *folder.glob(".step-*")} - kept:
         shutil.rmtree(path)

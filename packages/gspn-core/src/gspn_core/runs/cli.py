@@ -3,7 +3,7 @@
 0    done
 1    the work failed: a loss that is not finite, memory, the disk, results that disagree
 2    the call was wrong: an option, a file, data that do not fit
-130  interrupted (Ctrl-C)
+130  interrupted (Ctrl-C, or SIGTERM while training, which saves a checkpoint first)
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _status(error: BaseException, program: str, resumable: bool) -> int:
     """Say on one line what went wrong, and return the exit status."""
     if isinstance(error, KeyboardInterrupt):
         advice = "; run the same command again to continue" if resumable else ""
-        line, status = f"interrupted{advice}", 130
+        line, status = f"{str(error) or 'interrupted'}{advice}", 130
     else:
         # An error in a loader process comes with its traceback; its own line is the last.
         line = f"error: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"

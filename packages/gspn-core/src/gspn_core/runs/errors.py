@@ -7,7 +7,11 @@ from contextlib import contextmanager
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or not a number."""
+    """The loss, or a weight, became infinite or not a number."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM) and has saved its work."""
 
 
 class WriteError(OSError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -125,6 +128,47 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"out must name a folder, got the file {str(path)!r}") from None
     except OSError as error:
         raise WriteError(f"cannot create the folder {path}: {error}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder while the main process writes there, so that no other run does; create it if there is none.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+
+    Raises:
+        ValueError: another process holds it; the message names it.
+        WriteError: the folder cannot be created.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    make_folder(folder)
+    owner = folder / ".owner"
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        name = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise ValueError(f"{folder} is being written by {name}; wait for it, or give another folder as `out`") from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        write_text(owner, f"process {os.getpid()} on {platform.node()}\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -21,6 +21,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if None not in row.values()]
 
 
+def last_value(path: Path, column: str) -> float | None:
+    """Return the last value in a column of a table; None if there is none."""
+    values = [row[column] for row in read_table(path) if row[column]]
+    return float(values[-1]) if values else None
+
+
 class Log:
     """The tables of a run, such as `train.csv`, and the same numbers in `tensorboard/` as `train/loss` and so on.
 

@@ -99,6 +99,7 @@ class TrainingOptions:
         ema_decay: decay of the averaged weights; null keeps none
         ema_warmup: raise the decay in the first updates
         precision: of the forward passes (mixed precision)
+        tf32: let matrix products in float32 round their factors to TensorFloat-32, on GPUs that have it
         gradient_checkpointing: recompute activations to save memory
         device: auto takes the accelerator if any
         seed: everything random is a function of it and of counters
@@ -124,6 +125,7 @@ class TrainingOptions:
     ema_decay: ClosedUnitInterval | None = 0.9999
     ema_warmup: bool = True
     precision: Precision = "fp32"
+    tf32: bool = False
     gradient_checkpointing: bool = False
     device: Device = "auto"
     seed: NonNegativeInt = 0
@@ -137,6 +139,11 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}")
+
+
+def warmup_of(warmup: float, total: float) -> float:
+    """Return a warm-up, or a tenth of the whole run where that is not longer, as in a trial of a few updates."""
+    return warmup if warmup < total else total / 10
 
 
 def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
@@ -219,12 +226,20 @@ def parser_of(
             settings["required"] = True
         else:
             settings["default"] = list(default) if type(default) is tuple else default
+        option = f"--{field.name.replace('_', '-')}"
         if hints[field.name] is bool:
             settings["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
         else:
             settings["type"], count = _words_of(hints[field.name])
-            settings |= {} if count is None else {"nargs": count}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+            if count is not None:
+                words = settings.get("default") or ("A", "B", "C")[: count if isinstance(count, int) else 2]
+                settings |= {
+                    "nargs": count,
+                    "help": f"{helps[field.name]} (such as {option} {' '.join(map(str, words))})",
+                }
+            elif ImageSize in (hints[field.name], *typing.get_args(hints[field.name])):
+                settings["help"] += f" (such as {option} 224, or height x width: {option} 512x768)"
+        parser.add_argument(option, **settings)
     return parser
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +21,13 @@ from torch.optim.swa_utils import AveragedModel
 from .errors import NonFiniteLossError
 from .options import LRSchedule as LRSchedule
 
-# What may differ between a run and its continuation. batch_size, accumulate, device and compile are what a change of
+# What may differ between a run and its continuation. More steps extend it. Data may have been moved: their content is
+# compared as a fact of the run. batch_size, accumulate, device and compile are what a change of
 # machine needs: an update has the same items as before, but other roundings and, by other micro-batches, other random
 # numbers. The rest leaves the weights as they are.
 FREE_TO_CHANGE = frozenset(
     {"out", "resume", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress"}
-    | {"batch_size", "accumulate", "device", "compile"}
+    | {"batch_size", "accumulate", "device", "compile", "tf32", "steps", "data", "unreadable"}
 )
 
 
@@ -46,8 +49,13 @@ def loader_workers(workers: int) -> int:
     return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def make_accelerator(device: str, precision: str = "fp32", accumulate: int = 1) -> Accelerator:
-    """Make the Accelerator of options `device`, `precision` and `accumulate`.
+def leave_interrupts(_: int) -> None:
+    """Let a process that loads data ignore Ctrl-C: the main one ends it, and each would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_accelerator(device: str, precision: str = "fp32", accumulate: int = 1, *, tf32: bool = False) -> Accelerator:
+    """Make the Accelerator of options `device`, `precision`, `accumulate` and `tf32`.
 
     Raises:
         ValueError: the device does not compute in this precision.
@@ -55,6 +63,8 @@ def make_accelerator(device: str, precision: str = "fp32", accumulate: int = 1) 
     on_cpu = use_cpu(device)
     if precision == "fp16" and on_cpu:
         raise ValueError("precision must be fp32 or bf16 on the CPU, got fp16")
+    if tf32:
+        torch.set_float32_matmul_precision("high")
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -82,6 +92,53 @@ def check_same_run(
                 f"{key} must be {value!r} to continue the run in {folder}, got {now.get(key)!r}; "
                 "give another folder as `out` for a new run"
             )
+
+
+def check_steps(folder: Path, done: int, steps: int, name: str = "steps") -> None:
+    """Refuse to continue a run to fewer steps than it has done.
+
+    Raises:
+        ValueError: it has done more.
+    """
+    if steps < done:
+        raise ValueError(f"{name} must be at least the {done} updates that the run in {folder} has done, got {steps}")
+
+
+class Termination:
+    """Takes note of SIGTERM, as of a cluster that needs the machine, so that a run can save before it ends.
+
+    It handles the signal within its `with` block, in the main thread; a second SIGTERM ends the process at once.
+
+    Args:
+        accelerator: of the run; all processes agree, at every tenth update where there are several.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self._asked = accelerator, False
+
+    def __enter__(self) -> Termination:
+        self._handled = threading.current_thread() is threading.main_thread()
+        if self._handled:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handled:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def asked(self, step: int) -> bool:
+        """Tell, after `step` updates, whether to save and end; every process calls it."""
+        if self.accelerator.num_processes == 1:
+            return self._asked
+        if step % 10:
+            return False
+        if self._asked:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""One way to decode image files: upright, 8 bits per channel, and one error for whatever a decoder raises."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be decoded; the message names it."""
+
+
+def read_image(file: str | Path | bytes | IO[bytes], name: str | None = None) -> Image.Image:
+    """Decode an image: turned as its EXIF orientation says, and with 8 bits per channel.
+
+    16-bit values v become round(v / 257), where Pillow would clip them at 255; floating-point ones must lie in [0, 1].
+
+    Args:
+        file: path, content, or open binary file, which is closed.
+        name: for messages; by default the path.
+
+    Returns:
+        The decoded image, in a mode of 8 bits or less per channel, such as L, RGB, RGBA, P, 1 or CMYK.
+
+    Raises:
+        UnreadableImageError: there is no such file, or it cannot be decoded, whatever the decoder raised.
+    """
+    name = name or (str(file) if isinstance(file, (str, Path)) else "an image")
+    try:
+        if isinstance(file, bytes):
+            file = io.BytesIO(file)
+        elif isinstance(file, (str, Path)):
+            file = open(file, "rb")  # noqa: SIM115  (closed just below; Pillow leaves files of broken images open)
+        with file, Image.open(file) as image:
+            image.load()
+            return ImageOps.exif_transpose(_in_8_bits(image))
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # decoders raise OSError, SyntaxError, ValueError, RuntimeError, NotImplementedError, ...
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # too many open files: no fault of the image
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
+        else:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise UnreadableImageError(f"cannot read image {name!r}: {reason}") from None
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = values * 65535.0
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 65535):
+        limits = "[0, 1]" if image.mode == "F" else "0 to 65535"
+        raise ValueError(f"values of mode {image.mode} must lie in {limits}")
+    scaled = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    scaled.info = image.info
+    if image.getexif():
+        scaled.info["exif"] = image.getexif().tobytes()
+    return scaled
