@@ -173,13 +173,13 @@ def test_bad_input_is_one_line(run, training_folder, tmp_path, capsys):
         "no folder 'absent'; data must be": ["validate", *run_, "--data", "absent"],
         "no folder 'test' in": ["validate", *run_, "--data", folder, "--split", "test"],
         "digits has 10 classes, more than the 3 of the head": ["validate", *run_, "--data", "digits"],
-        f"no image '{tmp_path}/absent.png'": ["predict", *run_, "--images", str(tmp_path / "absent.png")],
+        f"cannot read image '{tmp_path}/absent.png': there is no such file": ["predict", *run_, "--images", str(tmp_path / "absent.png")],
         "broken.png': not an image": ["predict", *run_, "--images", str(broken)],
         "unknown option 'epoch', did you mean 'epochs'?": ["train", "--config", str(config)],
         "no configuration file 'absent'; shipped are ": ["train", "--config", "absent"],
         "got 'resnet5'; perhaps one of": ["train", "--model", "resnet5", "--out", str(tmp_path / "x")],
         "lr: ": ["train", "--lr", "fast"],
-        "no image 'absent.png'": ["visualize", "--image", "absent.png", *run_],
+        "cannot read image 'absent.png'": ["visualize", "--image", "absent.png", *run_],
     }
     for message, arguments in cases.items():
         code, out, err = call(capsys, *arguments)

@@ -3,8 +3,17 @@
 Importing this package registers the models: `timm.create_model("gspn2_nano")` works after `import gspn_vision`.
 """
 
-from .models import Gspn
+from typing import TYPE_CHECKING
+
+from gspn_core._lazy import lazy_attributes, when_imported
+
+if TYPE_CHECKING:
+    from .models import Gspn
 
 __version__ = "0.1.0"
 
 __all__ = ["Gspn", "__version__"]
+
+__getattr__ = lazy_attributes(__name__, {"Gspn": "models"})
+
+when_imported("timm", f"{__name__}.models")

@@ -69,7 +69,7 @@ class TrainConfig(TrainingOptions):
         lr_batch: reference batch for linear scaling of lr by the images per update; null does not scale
         weight_decay: of matrices and kernels
         layer_decay: factor of the learning rate from each block to the one before it
-        warmup_epochs: epochs of linear warm-up
+        warmup_epochs: epochs of linear warm-up; a tenth of the epochs where these are not more
         mesa: weight of the self-distillation from the averaged weights (MESA); 0 is off
         mesa_start: share of the epochs before it begins
         deterministic: only cuDNN kernels that repeat bit for bit
@@ -137,8 +137,6 @@ class TrainConfig(TrainingOptions):
             raise ValueError(f"batch_size must be even with mixup or cutmix, which pair images, got {self.batch_size}")
         if self.mesa > 0 and self.ema_decay is None:
             raise ValueError(f"mesa distils from averaged weights and needs ema_decay, got mesa {self.mesa}")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs}")
         super().__post_init__()
 
     @property

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gspn_core.runs.images import UnreadableImageError, read_image
 from gspn_core.runs.training import device_of
 
 from .checkpoint import load_model
 from .config import PredictConfig
 from .data import Preprocessing, Unreadable
-from .sources import Digits, UnreadableImageError, read_image
+from .sources import Digits
 
 _SUFFIXES = frozenset(Image.registered_extensions())
 
@@ -50,7 +51,7 @@ def open_image(name: str) -> tuple[Image.Image, str | None]:
     """Open an image file, or "digits:17" for number 17 of scikit-learn's digits, with its true class if known.
 
     Raises:
-        FileNotFoundError, UnreadableImageError: as `read_image`.
+        UnreadableImageError: as `read_image`.
         ValueError: there is no such digit.
     """
     if not name.startswith("digits:"):

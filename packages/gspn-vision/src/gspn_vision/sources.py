@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_dataset
 
+from gspn_core.runs.images import UnreadableImageError, read_image
+
 _SYNONYMS = {"validation": ("validation", "val"), "val": ("val", "validation")}
-
-
-class UnreadableImageError(ValueError):
-    """An image that cannot be decoded; the message names it."""
 
 
 class Source(Protocol):
     """Images with labels: `source[i]` is an image and the number of its class."""
 
     class_names: list[str]
+    fingerprint: str  # of its images and labels, wherever they are stored
 
     def __len__(self) -> int: ...
 
@@ -49,6 +50,7 @@ class Digits:
         self.numbers = np.sort(parts[0 if split == "train" else 1])
         self.images = np.round(digits.images * (255 / 16)).astype(np.uint8)
         self.targets = digits.target
+        self.fingerprint = _fingerprint(["digits", *self.numbers.tolist()])
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -90,6 +92,8 @@ class Folder:
                 f"{root} has classes that the training data or the checkpoint has not: {', '.join(unknown[:5])}"
             )
         self._labels = [self.class_names.index(name) for name in found]
+        samples = [(Path(path).relative_to(root).as_posix(), found[label]) for path, label in self._folder.samples]
+        self.fingerprint = _fingerprint(samples)
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -118,23 +122,37 @@ class TimmSource:
         if not names:
             raise ValueError(f"the data set {title!r} does not say what its classes are")
         self.class_names = list(names)
+        # Of a reader of files their names; other data sets are told apart by their name, size and classes.
+        files = [Path(str(sample[0])).name for sample in getattr(self._reader, "samples", None) or ()]
+        self.fingerprint = _fingerprint([title, len(dataset), self.class_names, files])
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if self._reader is None:
-            image, label = self._dataset[index]
-            return image, int(label)
+            return self._decoded(index)
         # Bypass timm's dataset, which silently replaces an unreadable image by the next.
         file, label = self._reader[index]
         return read_image(file, self.name(index)), int(label)
+
+    def _decoded(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image of a data set that decodes itself, such as torchvision's."""
+        try:
+            image, label = self._dataset[index]
+            return image, int(label)
+        except Exception as error:
+            raise UnreadableImageError(f"cannot read image {self.name(index)!r}: {error}") from None
 
     def name(self, index: int) -> str:
         """Return the name that the data set has for an image, or its number."""
         if self._reader is not None:
             return str(self._reader.filename(index))
         return f"{self._title}:{index}"
+
+
+def _fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _class_names(dataset: Any) -> list[str]:
@@ -147,28 +165,6 @@ def _class_names(dataset: Any) -> list[str]:
             return list(feature.names)
     mapping = getattr(reader, "class_to_idx", None) or {}
     return sorted(mapping, key=lambda name: mapping[name])
-
-
-def read_image(file: Any, name: str | None = None) -> Image.Image:
-    """Open and decode an image file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UnreadableImageError: it is not an image, or a broken one.
-    """
-    name = name or str(file)
-    if isinstance(file, (str, Path)):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no image {name!r}")
-        file = open(file, "rb")  # noqa: SIM115  (closed just below)
-    try:
-        with file:
-            image = Image.open(file)
-            image.load()
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise UnreadableImageError(f"cannot read image {name!r}: {reason}") from None
-    return image
 
 
 def open_source(

@@ -17,11 +17,21 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
-from gspn_core.runs.files import make_folder, write_text
+from gspn_core.runs.errors import TerminatedError
+from gspn_core.runs.files import locked, write_text
 from gspn_core.runs.logs import Log
-from gspn_core.runs.options import to_dict, to_yaml
+from gspn_core.runs.options import to_dict, to_yaml, warmup_of
 from gspn_core.runs.order import INIT, STEP, Order, seed_all
-from gspn_core.runs.training import FREE_TO_CHANGE, LearningRate, Meter, averaged, check_same_run, make_accelerator
+from gspn_core.runs.training import (
+    FREE_TO_CHANGE,
+    LearningRate,
+    Meter,
+    Termination,
+    averaged,
+    check_same_run,
+    check_steps,
+    make_accelerator,
+)
 
 from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, write_model
 from .config import TrainConfig
@@ -31,7 +41,7 @@ from .models import build_model
 from .sources import open_source
 from .validate import evaluate
 
-FREE = FREE_TO_CHANGE | {"data_root", "download", "unreadable"}
+FREE = FREE_TO_CHANGE | {"data_root", "download", "epochs", "validate_every"}
 TABLES = {
     "train": ["epoch", "loss", "gradient_norm", "lr", "images_per_second"],
     "validation": ["epoch", "loss", "top1", "top5", "best_top1"],
@@ -77,7 +87,7 @@ class Trainer:
         self.config = config
         self.folder = config.folder
         self.checkpoints = self.folder / "checkpoints"
-        self.accelerator = make_accelerator(config.device, config.precision, config.accumulate)
+        self.accelerator = make_accelerator(config.device, config.precision, config.accumulate, tf32=config.tf32)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if config.deterministic:
             torch.backends.cudnn.deterministic = True
@@ -144,6 +154,7 @@ class Trainer:
             "images per update (batch_size * accumulate * processes)": self.images_per_update,
             "the classes": self.class_names,
             "the number of training images": len(self.train_source),
+            "the training images (SHA-256)": self.train_source.fingerprint,
         }
 
     def _restore_or_start(self) -> None:
@@ -155,6 +166,7 @@ class Trainer:
         state = checkpoints.read_state(newest, FORMAT) if newest else {}
         if newest:
             check_same_run(self.folder, state["config"] | state["facts"], to_dict(config) | self._facts, FREE)
+            check_steps(self.folder, state["step"], self.steps, "epochs * updates per epoch")
             checkpoints.load_weights(self.bare_model, read_weights(newest, "model"), newest)
         elif config.start_from is not None:
             start_from(self.bare_model, config.start_from)
@@ -165,7 +177,7 @@ class Trainer:
         if config.ema_decay is not None:
             self.ema = averaged(self.bare_model, config.ema_decay, warmup=config.ema_warmup)
         lr = config.lr * (1 if config.lr_batch is None else self.images_per_update / config.lr_batch)
-        warmup = round(config.warmup_epochs * self.updates_per_epoch)
+        warmup = round(warmup_of(config.warmup_epochs, config.epochs) * self.updates_per_epoch)
         self.lr = LearningRate(lr, config.min_lr, config.lr_schedule, self.steps, warmup)
         try:
             self.optimizer = create_optimizer_v2(
@@ -305,18 +317,8 @@ class Trainer:
             WriteError: a checkpoint cannot be written.
         """
         began = time.perf_counter()
-        main = self.accelerator.is_main_process
-        if main:
-            make_folder(self.folder)
-            write_text(self.folder / "config.yaml", to_yaml(self.config))
-            self.log = Log(self.folder, TABLES, self.step, tensorboard=self.config.tensorboard)
-        try:
-            self._train()
-        finally:
-            if main:
-                self.log.close()
-        if main:
-            self.unreadable.report()
+        with locked(self.folder):
+            self._run()
         return {
             "folder": str(self.folder),
             "model": str(self.folder / "model"),
@@ -327,19 +329,40 @@ class Trainer:
             "seconds": round(time.perf_counter() - began, 1),
         }
 
+    def _run(self) -> None:
+        main = self.accelerator.is_main_process
+        if main:
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
+            self.log = Log(self.folder, TABLES, self.step, tensorboard=self.config.tensorboard)
+        try:
+            self._train()
+        finally:
+            if main:
+                self.log.close()
+        if main:
+            self.unreadable.report()
+
     def _train(self) -> None:
         config, main = self.config, self.accelerator.is_main_process
         self.order.start = self.step
         batches = iter(self.train_loader)
         self.meter.restart()
-        bar = tqdm(total=self.steps, initial=self.step, unit="update", disable=not (config.progress and main))
-        with bar:
+        show = config.progress and main
+        if show:
+            print(self._introduction(), file=sys.stderr)
+        with (
+            Termination(self.accelerator) as termination,
+            tqdm(total=self.steps, initial=self.step, unit="update", disable=not show) as bar,
+        ):
             while self.step < self.steps:
                 self.meter.add(self._update(batches))
                 bar.update()
                 last, epoch_ends = self.step == self.steps, self.step % self.updates_per_epoch == 0
                 save = epoch_ends or self.step % config.checkpoint_every == 0
                 log = last or self.step % config.log_every == 0
+                if termination.asked(self.step) and not (last or save):
+                    self._save()
+                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
                 if not (save or log):
                     continue
                 rows, lr, speed = self._rows(), self.lr.at(self.step - 1), self.meter.images_per_second
@@ -355,6 +378,16 @@ class Trainer:
                 if save:
                     self._save()
                 self.meter.restart()
+
+    def _introduction(self) -> str:
+        parameters = sum(p.numel() for p in self.bare_model.parameters())
+        go_on = f", from update {self.step} on" if self.step else ""
+        return (
+            f"{self.config.model}, {parameters / 1e6:.1f} million parameters, on {self.accelerator.device}; "
+            f"{len(self.train_source):,} images of {len(self.class_names)} classes from {self.config.data}; "
+            f"{self.config.epochs} epochs, {self.steps:,} updates of {self.images_per_update} images{go_on}; "
+            f"to {self.folder}"
+        )
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
