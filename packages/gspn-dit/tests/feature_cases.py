@@ -53,5 +53,5 @@ def options(data: Path | str, vae: str, out: Path, **changes: Any) -> ExtractCon
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What is in a folder, hidden files too."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """What is in a folder, hidden files too but those of its lock."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in (".lock", ".owner")}

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from gspn_dit.extract import extract
 from gspn_dit.features import Features
-from gspn_dit.vae import decode, factor, fingerprint, load_vae, sample_moments
+from gspn_dit.vae import DECODER, ENCODER, decode, factor, fingerprint, load_vae, sample_moments
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,18 @@ def test_a_shard_of_the_right_size_but_not_readable(folder):
         Features(folder)
 
 
+def test_a_shard_whose_content_changed(folder):
+    shard = folder / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-60] ^= 1  # one bit of the moments
+    shard.write_bytes(content)
+    features = Features(folder)
+    features[0]
+    message = r"00001.safetensors is damaged: its checksum is not that of the index; run `gspn-dit extract` again"
+    with pytest.raises(ValueError, match=message):
+        features[5]
+
+
 def test_a_shard_of_something_else(folder):
     shutil.copy(folder / "shard-00000.safetensors", folder / "shard-00001.safetensors")
     with pytest.raises(ValueError, match=r"00001.* must hold images 5 to 9 as moments \[5, 2, 8, 4, 4\], got 5 images"):
@@ -129,7 +141,7 @@ def test_damaged_records(folder):
         Features(folder)
     settings = json.loads((folder / "extraction.json").read_text())
     (folder / "extraction.json").write_text(json.dumps({**settings, "format": "other 2"}))
-    with pytest.raises(ValueError, match=r"extraction.json must be of format 'gspn-dit features 1', got 'other 2'"):
+    with pytest.raises(ValueError, match=r"extraction.json must be of format 'gspn-dit features 2', got 'other 2'"):
         Features(folder)
     (folder / "extraction.json").write_text("{")
     with pytest.raises(ValueError, match=r"extraction.json is damaged: "):
@@ -180,9 +192,17 @@ def test_fingerprint_is_of_weights_and_configuration(tmp_path):
     assert fingerprint(load_vae(save_vae(tmp_path / "again", sample_size=128))) == known
     assert fingerprint(tiny_vae(scaling_factor=0.2)) != known
     assert fingerprint(tiny_vae(seed=1)) != known
+    everything = fingerprint(vae, ENCODER + DECODER)
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 1e-6
-    assert fingerprint(vae) != known
+    # Latents do not depend on the decoder: sd-vae-ft-ema and sd-vae-ft-mse share them.
+    assert fingerprint(vae) == known
+    assert fingerprint(vae, ENCODER + DECODER) != everything
+    for parameter in (vae.encoder.conv_in.bias, vae.quant_conv.bias):
+        with torch.no_grad():
+            parameter[0] += 1e-6
+        assert fingerprint(vae) != known
+        known = fingerprint(vae)
     half = tiny_vae().half()
     half.save_pretrained(tmp_path / "half")
     assert fingerprint(load_vae(str(tmp_path / "half"))) == fingerprint(half)

@@ -11,6 +11,7 @@ from plain import plain_forward
 from torch import nn
 
 from gspn_dit import PRESETS, GSPNDiTTransformer2DModel
+from gspn_dit.models import DropPath
 
 MIXERS = [None, 4]  # GSPN-1 and GSPN-2
 
@@ -86,7 +87,19 @@ def test_starts_at_zero():
 def test_drop_path_is_linear_in_depth():
     model = GSPNDiTTransformer2DModel(**{**SHAPE, "num_layers": 4, "drop_path_rate": 0.4})
     blocks = [*model.in_blocks, model.middle_block, *model.out_blocks]
-    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert [1 - block.drop_path.keep.item() for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    with pytest.raises(ValueError, match=r"drop_path_rate must be at least 0 and below 1, got 1\.0"):
+        GSPNDiTTransformer2DModel(**{**SHAPE, "drop_path_rate": 1.0})
+
+
+def test_drop_path_leaves_branches_out_and_keeps_the_mean():
+    torch.manual_seed(0)
+    layer, y = DropPath(0.25), torch.ones(20_000, 2, 1, 1)
+    out = layer(y)
+    assert out.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert torch.equal(out[:, 0], out[:, 1])
+    assert out.mean().item() == pytest.approx(1, abs=0.02)
+    assert layer.eval()(y) is y
 
 
 def test_times_and_classes():
@@ -156,6 +169,23 @@ def test_compile():
     torch.testing.assert_close(whole(*arguments).sample, expected, rtol=1e-4, atol=1e-5)
     model.compile_repeated_blocks(fullgraph=True)
     torch.testing.assert_close(model(*arguments).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_blocks_of_any_rate_and_place_share_their_graphs():
+    """A graph for blocks and one for out-blocks, whatever their number and their DropPath rates."""
+    torch._dynamo.reset()  # what other tests compiled
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model(num_layers=6, drop_path_rate=0.3).train()
+    model.compile_repeated_blocks(backend=count, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        model(*inputs()).sample.sum().backward()
+    assert len(graphs) == 2
 
 
 def test_layerwise_casting_keeps_norms_and_embeddings():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -91,6 +92,47 @@ def test_ddim_without_noise_is_exact_for_the_true_noise():
     torch.testing.assert_close(x, x0, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("steps", [30, 150, 300, 600, 1000])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "euler", "heun"])
+def test_samplers_draw_a_known_gaussian(sampler, steps):
+    """With the exact denoiser of N(0.7, 0.5^2) samples have that mean and deviation, whether steps divide 1000 or not.
+
+    The tolerance at 30 steps is the samplers' own error: first-order steps shrink the deviation.
+    """
+    mean, deviation = 0.7, 0.5
+    product = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
+    scheduler = make_scheduler(sampler, steps)
+    x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    x = (x - x.mean()) / x.std()
+    generator = torch.Generator().manual_seed(1)
+    for t in scheduler.timesteps:
+        if sampler in ("ancestral", "ddim"):
+            signal, noise = product[int(t)].sqrt(), (1 - product[int(t)]).sqrt()
+            output = noise * (x - signal * mean) / (product[int(t)] * deviation**2 + noise**2)
+        else:
+            s = float(t) / 1000
+            output = (s - (1 - s) * deviation**2) / ((1 - s) ** 2 * deviation**2 + s**2) * (x - (1 - s) * mean) - mean
+        if sampler == "ancestral":  # the larger of the two bounds of the variance
+            output = torch.cat((output, torch.ones_like(output)), dim=1)
+        options = {"generator": generator} if sampler == "ancestral" else {}
+        x = scheduler.step(output, t, x, **options).prev_sample
+    assert x.mean().item() == pytest.approx(mean, abs=0.02)
+    assert x.std().item() == pytest.approx(deviation, abs=0.05 if steps == 30 else 0.015)
+
+
+def test_guidance_on_an_interval():
+    """Outside the interval samples are those without guidance."""
+    model = tiny_model(in_channels=1)
+
+    def draw(guidance, interval):
+        options = {"sampler": "ddim", "steps": 4, "guidance": guidance, "guidance_interval": interval}
+        return generate(model, [1, 2], [0, 1], **options)
+
+    assert torch.equal(draw(3.0, (0.0, 0.1)), draw(1.0, (0.0, 1.0)))
+    assert not torch.allclose(draw(3.0, (0.2, 0.6)), draw(1.0, (0.0, 1.0)))
+    assert not torch.allclose(draw(3.0, (0.2, 0.6)), draw(3.0, (0.0, 1.0)))
+
+
 def test_guidance():
     output = torch.arange(24).float().view(2, 6, 1, 2)
     conditional, null = output[:1], output[1:]
@@ -145,6 +187,27 @@ def test_a_folder(model, tmp_path):
     (tmp_path / "images" / "000004.png").unlink()
     assert sample(make(SampleConfig, options(model, tmp_path)))["drawn"] == 3
     assert images(tmp_path) == before
+
+
+def test_more_images_but_not_fewer(model, tmp_path):
+    sample(make(SampleConfig, options(model, tmp_path / "out")))
+    before = images(tmp_path / "out")
+    assert sample(make(SampleConfig, options(model, tmp_path / "out", count=10)))["drawn"] == 4
+    assert {name: content for name, content in images(tmp_path / "out").items() if name in before} == before
+    assert len(images(tmp_path / "out")) == len(json.loads((tmp_path / "out" / "labels.json").read_text())) == 10
+    with pytest.raises(ValueError, match=r"count must be at least the 10 images in .*, got 7"):
+        sample(make(SampleConfig, options(model, tmp_path / "out")))
+
+
+def test_other_weights_in_the_place_of_the_checkpoint(tmp_path):
+    """A model trained anew in the same folder is another one; the same model elsewhere is not."""
+    tiny_model(in_channels=1).save_pretrained(tmp_path / "model")
+    sample(make(SampleConfig, options(tmp_path / "model", tmp_path / "out")))
+    shutil.move(tmp_path / "model", tmp_path / "moved")
+    assert sample(make(SampleConfig, options(tmp_path / "moved", tmp_path / "out")))["drawn"] == 0
+    tiny_model(seed=1, in_channels=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"holds results of other settings: checkpoint_sha256 was"):
+        sample(make(SampleConfig, options(tmp_path / "model", tmp_path / "out")))
 
 
 def test_two_processes_draw_the_same_bits(model, tmp_path):

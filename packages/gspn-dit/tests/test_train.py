@@ -1,6 +1,7 @@
 """Training: one step against formulas, continuation after SIGKILL bit for bit, logs, and what is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from dit_cases import tiny_run
+from PIL import Image
 from plain import plain_forward, plain_noise_loss
 from safetensors.torch import load_file
 
@@ -18,7 +20,7 @@ from gspn_core.runs import checkpoints
 from gspn_core.runs.errors import NonFiniteLossError
 from gspn_core.runs.logs import read_table
 from gspn_core.runs.options import make
-from gspn_core.runs.order import STEP, Order, derive_seed
+from gspn_core.runs.order import STEP, Order
 from gspn_dit import GSPNDiTTransformer2DModel, checkpoint, train
 from gspn_dit.config import TrainConfig
 from gspn_dit.data import draw
@@ -77,8 +79,8 @@ def test_a_training_step_is_the_plain_one(proxy, accumulate, tmp_path):
         losses = []
         for micro in range(accumulate):
             items, labels = zip(*next(batches), strict=True)
-            seed = derive_seed(STEP, 0, step, micro)
-            draws = draw(trainer.objective, (1, 8, 8), 4, hflip=0.5, dropout=0.1, seed=seed, part=slice(None))
+            images = range(4 * micro, 4 * micro + 4)
+            draws = draw(trainer.objective, (1, 8, 8), images, hflip=0.5, dropout=0.1, seeds=(STEP, 0, step))
             x0 = torch.stack(items).double() / 127.5 - 1
             x0 = torch.stack([x.flip(-1) if flip else x for x, flip in zip(x0, draws.mirrored, strict=True)])
             labels = torch.tensor([10 if drop else label for label, drop in zip(labels, draws.dropped, strict=True)])
@@ -232,6 +234,65 @@ def test_start_from_another_run(whole, tmp_path):
         )
 
 
+def test_more_classes_than_the_data_have(tmp_path):
+    """Dropped labels train the class that guidance asks for, the last row of the table."""
+    asked = []
+    shape = {"hidden_size": 16, "num_layers": 0, "num_classes": 12}
+    trainer = train.Trainer(config(tmp_path / "run", model_kwargs=shape, label_dropout=1.0, sample_every=None))
+    embed = trainer.bare_model.class_embed
+    embed.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[0]))
+    trainer.run()
+    assert torch.cat(asked).unique().tolist() == [12]
+    assert trainer.bare_model.class_embed.weight.shape == (13, 16)
+
+
+def test_known_classes_are_kept_when_others_come(tmp_path):
+    """Rows go with the names of their classes; new classes start afresh, the null class stays."""
+    for name in ("3", "7", "cat"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name / "0.png")
+    shape = {"hidden_size": 16, "num_layers": 2, "proxy_channels": 4}
+    GSPNDiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **shape).save_pretrained(tmp_path / "model")
+    before = load_file(tmp_path / "model" / checkpoint.WEIGHTS["model"])["class_embed.weight"]
+    options = {"data": str(tmp_path / "data"), "image_size": 8, "model_kwargs": shape}
+    trainer = train.Trainer(config(tmp_path / "run", start_from=str(tmp_path / "model"), **options))
+    table = trainer.bare_model.class_embed.weight
+    assert trainer.class_names == ["3", "7", "cat"] and table.shape == (4, 16)
+    assert torch.equal(table[[0, 1, 3]], before[[3, 7, 10]])
+    assert not any(torch.equal(table[2], row) for row in before)
+
+
+def test_a_run_is_extended(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    summary = train.train(config(tmp_path / "run", steps=8, compile=False))
+    assert (summary["steps"], summary["loss"]) == (8, float(read_table(tmp_path / "run" / "train.csv")[-1]["loss"]))
+    finished = train.train(config(tmp_path / "run", steps=8))
+    assert finished["loss"] == summary["loss"]
+
+
+def test_sigterm_saves_a_checkpoint(tmp_path):
+    """As clusters send it before they take the machine away; the run goes on from there."""
+    file = tmp_path / "options.yaml"
+    file.write_text(yaml.safe_dump(tiny_run(str(tmp_path / "run"), steps=100_000, sample_every=None, log_every=1)))
+    file.write_text(file.read_text().replace("checkpoint_every: 3", "checkpoint_every: 1000000"))
+    command = [sys.executable, "-m", "gspn_dit.cli", "train", "--config", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not read_table(tmp_path / "run" / "train.csv"):
+        time.sleep(0.05)
+    busy = config(tmp_path / "run", steps=100_000, sample_every=None, log_every=1, checkpoint_every=1_000_000)
+    with pytest.raises(ValueError, match=rf"is being written by process {process.pid} on .*; wait for it"):
+        train.train(busy)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    state = checkpoints.read_state(checkpoint.locate(tmp_path / "run"), checkpoint.FORMAT)
+    assert (process.returncode, out) == (130, "")
+    line = (
+        f"gspn-dit: terminated after {state['step']} updates, which are saved; run the same command again to continue\n"
+    )
+    assert err == line
+
+
 # ---- what is refused
 
 
@@ -242,6 +303,7 @@ def test_start_from_another_run(whole, tmp_path):
         ({"batch_size": 4}, r"images per update .* must be 8 to continue the run in .*, got 4"),
         ({"resume": "never"}, "resume is 'never' but .* already holds a run"),
         ({"lr": 0.5}, "lr must be 0.001 to continue the run"),
+        ({"steps": 5}, "steps must be at least the 6 updates that the run in .* has done, got 5"),
     ],
 )
 def test_another_run_in_the_folder(whole, changes, message):
@@ -255,7 +317,8 @@ def test_another_run_in_the_folder(whole, changes, message):
         ({"model": "GSPN-M/2"}, "model must be one of GSPN-S/2"),
         ({"model_kwargs": {"hidden": 1}}, "model_kwargs do not suit GSPN2-S/2: .*hidden"),
         ({"model": "GSPN2-S/4", "model_kwargs": {"patch_size": 3}}, "must divide 8 x 8, got 3"),
-        ({"warmup_steps": 6}, r"warmup_steps must be below steps \(6\), got 6"),
+        ({"model_kwargs": {"num_classes": 9}}, "num_classes must be at least the 10 of the data, got 9"),
+        ({"times": "logit_normal"}, "times and time_shift are of the objective flow, got logit_normal, 1.0"),
         ({"min_lr": 1.0}, r"min_lr must be at most lr \(0.001\), got 1.0"),
         ({"lr": 0}, "lr"),
         ({"batchsize": 3}, "batchsize"),
@@ -303,8 +366,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
     file = checkpoint.locate(run) / "optimizer.safetensors"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gspn_core.runs import checkpoints
-from gspn_core.runs.files import read_json, read_tensors
+from gspn_core.runs.files import hash_file, read_json, read_tensors
 
 from .models import GSPNDiTTransformer2DModel
 
@@ -30,6 +30,18 @@ def locate(path: str | Path) -> Path:
     return checkpoints.locate(path, CONFIG)
 
 
+def weights_file(folder: Path, weights: str) -> Path:
+    """Return the file of "model" or "ema" weights; "auto" takes the averaged weights if there are any."""
+    if weights == "auto":
+        weights = "ema" if (folder / WEIGHTS["ema"]).is_file() else "model"
+    return folder / WEIGHTS[weights]
+
+
+def hash_weights(folder: Path, weights: str) -> str:
+    """Return the SHA-256 of a model's file of weights, which tells it from one that took its place."""
+    return hash_file(weights_file(folder, weights))
+
+
 def load_model(path: str | Path, weights: str = "auto") -> tuple[GSPNDiTTransformer2DModel, dict[str, Any]]:
     """Rebuild a model in evaluation mode, and return the checkpoint's JSON values with it.
 
@@ -43,13 +55,11 @@ def load_model(path: str | Path, weights: str = "auto") -> tuple[GSPNDiTTransfor
     """
     folder = locate(path)
     state = checkpoints.read_state(folder, FORMAT)
-    if weights == "auto":
-        weights = "ema" if (folder / WEIGHTS["ema"]).is_file() else "model"
     config = read_json(folder / CONFIG)
     name = config.get("_class_name")
     if name != GSPNDiTTransformer2DModel.__name__:
         raise ValueError(f"{folder} holds a {name}, not a {GSPNDiTTransformer2DModel.__name__}")
     model = GSPNDiTTransformer2DModel.from_config(config)
     assert isinstance(model, GSPNDiTTransformer2DModel)
-    checkpoints.load_weights(model, read_tensors(folder / WEIGHTS[weights]), folder)
+    checkpoints.load_weights(model, read_tensors(weights_file(folder, weights)), folder)
     return model.eval(), state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gspn_core.runs.options import Device, ImageSize, Precision, TrainingOptions, Unreadable, configs_folder
 
@@ -70,7 +70,10 @@ class TrainConfig(TrainingOptions):
         vae: diffusers VAE of the features, to decode samples during training; checked against the features
         out: folder of the run
         steps: updates of the weights
-        warmup_steps: updates of linear warm-up
+        warmup_steps: updates of linear warm-up; a tenth of the steps where these are not more
+        betas: of AdamW
+        times: of the flow, uniform, or logit-normal as Stable Diffusion 3 has them
+        time_shift: of the flow, shifts times towards noise, t' = s t / (1 + (s - 1) t); 1 does not
         label_dropout: share of labels replaced by the null class, for classifier-free guidance
         compile: compile the blocks with torch.compile
         sample_every: updates between grids of samples; null draws none
@@ -82,7 +85,7 @@ class TrainConfig(TrainingOptions):
     model: str = "GSPN-B/2"
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: Literal["noise", "flow"] = "noise"
-    data: str = "digits"
+    data: str
     split: str | None = None
     image_size: ImageSize | None = None
     vae: str | None = None
@@ -90,6 +93,9 @@ class TrainConfig(TrainingOptions):
     steps: PositiveInt = 400_000
     batch_size: PositiveInt = 256
     warmup_steps: NonNegativeInt = 6_250
+    betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.999)
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    time_shift: PositiveFloat = 1.0
     label_dropout: ClosedUnitInterval = 0.1
     compile: bool = False
     sample_every: PositiveInt | None = 1_000
@@ -98,8 +104,8 @@ class TrainConfig(TrainingOptions):
     guidance: NonNegativeFloat = 4.0
 
     def __post_init__(self) -> None:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}")
+        if self.objective == "noise" and (self.times, self.time_shift) != ("uniform", 1.0):
+            raise ValueError(f"times and time_shift are of the objective flow, got {self.times}, {self.time_shift}")
         super().__post_init__()
 
 
@@ -117,6 +123,8 @@ class SampleConfig:
         sampler: ancestral and ddim for noise, euler and heun for velocity; auto is ancestral or euler
         sampler_steps: of the sampler
         guidance: scale of classifier-free guidance; 1 is none
+        guidance_interval: times, from 0 (data) to 1 (noise), that guidance applies to
+        time_shift: of the flow's sampler, as of train; null is the training's
         guidance_channels: latent channels it applies to, null is all; published samples of DiT used the first 3
         image_size: height and width of the images in pixels; null is what the model was trained at
         batch_size: images per process and forward pass; another one may change the last bits
@@ -137,6 +145,8 @@ class SampleConfig:
     sampler: Literal["auto", "ancestral", "ddim", "euler", "heun"] = "auto"
     sampler_steps: PositiveInt = 250
     guidance: NonNegativeFloat = 4.0
+    guidance_interval: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.0, 1.0)
+    time_shift: PositiveFloat | None = None
     guidance_channels: PositiveInt | None = None
     image_size: ImageSize | None = None
     batch_size: PositiveInt = 32

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gspn_core.runs.options import ImageSize
-from gspn_core.runs.order import Order
-from gspn_core.runs.training import loader_workers
+from gspn_core.runs.order import Order, derive_seed
+from gspn_core.runs.training import leave_interrupts, loader_workers
 
 from .features import Features
 from .images import adm_crop, open_images
@@ -35,7 +35,7 @@ class Pixels(Dataset[tuple[Tensor, int]]):
         self, name: str, split: str | None = None, size: ImageSize | None = None, unreadable: str = "stop"
     ) -> None:
         self.images = open_images(name, split=split, unreadable=unreadable)
-        self.class_names = self.images.class_names
+        self.class_names, self.fingerprint = self.images.class_names, self.images.fingerprint
         if size is None and name != "digits":
             raise ValueError("image_size must be given to train on the pixels of these images, got none")
         self.size = size
@@ -65,7 +65,7 @@ class Latents(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, folder: str, vae_fingerprint: str | None = None) -> None:
         self.features = Features(folder, vae_fingerprint=vae_fingerprint)
-        self.class_names = self.features.class_names
+        self.class_names, self.fingerprint = self.features.class_names, self.features.fingerprint
         self.shape = tuple(self.features.latent_shape)
 
     def __len__(self) -> int:
@@ -104,20 +104,25 @@ class Draws:
 
 
 def draw(
-    objective: Any, shape: tuple[int, ...], count: int, *, hflip: float, dropout: float, seed: int, part: slice
+    objective: Any, shape: tuple[int, ...], images: range, *, hflip: float, dropout: float, seeds: tuple[int, ...]
 ) -> Draws:
-    """Draw for `count` images of all processes, and return this process's part.
+    """Draw for images of an update, counted over all processes and forward passes.
 
-    Every process draws for all, on the CPU: so the numbers depend neither on the processes nor on the device.
+    The numbers of an image are a function of `seeds` and its place in the update, drawn on the CPU: so they depend
+    neither on the processes, nor on how the update is split into forward passes, nor on the device.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return Draws(
-        mirrored=(torch.rand(count, generator=generator) < hflip)[part],
-        posterior=torch.randn(count, *shape, generator=generator)[part],
-        noise=torch.randn(count, *shape, generator=generator)[part],
-        dropped=(torch.rand(count, generator=generator) < dropout)[part],
-        times=objective.draw_times(count, generator)[part],
-    )
+    count = len(images)
+    chances = torch.empty(2, count)
+    posterior, noise = torch.empty(2, count, *shape)
+    times = []
+    generator = torch.Generator()
+    for place, image in enumerate(images):
+        generator.manual_seed(derive_seed(*seeds, image))
+        chances[:, place] = torch.rand(2, generator=generator)
+        times.append(objective.draw_times(1, generator))
+        noise[place].normal_(generator=generator)
+        posterior[place].normal_(generator=generator)
+    return Draws(chances[0] < hflip, posterior, noise, chances[1] < dropout, torch.cat(times))
 
 
 def loader(source: Pixels | Latents, order: Order, workers: int) -> DataLoader[Any]:
@@ -126,6 +131,7 @@ def loader(source: Pixels | Latents, order: Order, workers: int) -> DataLoader[A
         source,
         batch_sampler=order,
         num_workers=loader_workers(workers),
+        worker_init_fn=leave_interrupts,
         persistent_workers=workers > 0,
         pin_memory=False,
     )

@@ -138,7 +138,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     def features_of(batches: Batches, count: int, fields: set[str], title: str) -> dict[str, Tensor]:
         bar = title if config.progress and state.is_main_process else None
-        return extract(extractor, batches, count, fields, config.batch_size, state, device, bar)
+        features = extract(extractor, batches, count, fields, config.batch_size, state, device, bar)
+        for field, rows in features.items():
+            if not rows.isfinite().all():
+                raise ArithmeticError(f"{field} features of {title} are not finite; see the extractor and its weights")
+        return features
 
     features = features_of(samples, len(samples), fields, "samples")
     known = {}

@@ -19,12 +19,22 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from gspn_core.runs.errors import WriteError
-from gspn_core.runs.files import check_record, make_folder, write_json, write_tensors
+from gspn_core.runs.files import check_record, locked, make_folder, read_json, write_json, write_tensors
 from gspn_core.runs.options import ImageSize
-from gspn_core.runs.training import loader_workers, use_cpu
+from gspn_core.runs.training import leave_interrupts, loader_workers, use_cpu
 
 from .config import ExtractConfig
-from .features import FORMAT, INDEX, SETTINGS, count_shards, open_shard, read_settings, shard_items, shard_name
+from .features import (
+    FORMAT,
+    INDEX,
+    SETTINGS,
+    checksum,
+    count_shards,
+    open_shard,
+    read_settings,
+    shard_items,
+    shard_name,
+)
 from .images import Images, adm_crop, open_images
 from .vae import factor, fingerprint, load_vae
 
@@ -119,9 +129,13 @@ def _open_folder(folder: Path, settings: dict[str, Any], state: PartialState) ->
 def _missing(folder: Path, settings: dict[str, Any]) -> list[int]:
     """Return the shards that are absent or damaged."""
     numbers = []
+    index = folder / INDEX
+    known = [entry["crc32"] for entry in read_json(index)["shards"]] if index.is_file() else []
     for number in range(count_shards(settings)):
         try:
             open_shard(folder, settings, number)
+            if number < len(known) and checksum(folder / shard_name(number)) != known[number]:
+                raise ValueError("its content has changed")
         except (FileNotFoundError, ValueError):
             numbers.append(number)
     return numbers
@@ -131,8 +145,9 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     shards = []
     for number in range(count_shards(settings)):
         name = shard_name(number)
-        size = (folder / name).stat().st_size
-        shards.append({"file": name, "images": len(shard_items(settings, number)), "bytes": size})
+        path = folder / name
+        about = {"bytes": path.stat().st_size, "crc32": checksum(path)}
+        shards.append({"file": name, "images": len(shard_items(settings, number)), **about})
     with _writing():
         write_json(folder / INDEX, {"images": settings["images"], "shards": shards})
 
@@ -176,6 +191,7 @@ def _write_shards(
             _Crops(images, config.image_size),
             batch_sampler=[list(batch) for shard in batches.values() for batch in shard],
             num_workers=loader_workers(config.workers) if numbers else 0,
+            worker_init_fn=leave_interrupts,
             collate_fn=_collate,
             pin_memory=vae.device.type == "cuda",
         )
@@ -225,21 +241,22 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     vae = load_vae(config.vae)
     settings = _settings(config, images, vae)
     folder = Path(config.out)
-    _open_folder(folder, settings, state)
-    missing = _missing(folder, settings)
-    # Barrier: all list missing shards before any writes.
-    state.wait_for_everyone()
-    # Only missing shards are distributed, so that processes finish together after an interruption too.
-    own = missing[state.process_index :: state.num_processes]
-    total = sum(len(shard_items(settings, number)) for number in own)
-    title = "images" if state.num_processes == 1 else f"images of process 1 of {state.num_processes}"
-    show = config.progress and state.is_main_process
-    with tqdm(total=total, unit="image", desc=title, disable=not show) as bar:
-        _write_shards(own, config, settings, images, vae.to(device), bar)
-    written = sum(gather_object([len(own)]))
-    if state.is_main_process:
-        _write_index(folder, settings)
-    state.wait_for_everyone()
+    with locked(folder):
+        _open_folder(folder, settings, state)
+        missing = _missing(folder, settings)
+        # Barrier: all list missing shards before any writes.
+        state.wait_for_everyone()
+        # Only missing shards are distributed, so that processes finish together after an interruption too.
+        own = missing[state.process_index :: state.num_processes]
+        total = sum(len(shard_items(settings, number)) for number in own)
+        title = "images" if state.num_processes == 1 else f"images of process 1 of {state.num_processes}"
+        show = config.progress and state.is_main_process
+        with tqdm(total=total, unit="image", desc=title, disable=not show) as bar:
+            _write_shards(own, config, settings, images, vae.to(device), bar)
+        written = sum(gather_object([len(own)]))
+        if state.is_main_process:
+            _write_index(folder, settings)
+        state.wait_for_everyone()
     shards = count_shards(settings)
     return {
         "folder": str(folder),

@@ -4,7 +4,7 @@
       extraction.json               settings, written first
       shard-00000.safetensors       moments (n, 2, 2C, H, W) of image and mirror image, labels (n,), index (n,)
       shard-00001.safetensors
-      index.json                    names, images and bytes of the shards, written last
+      index.json                    names, images, bytes and CRC-32 of the shards, written last
 
 Moments are means and then log-variances of the VAE's posterior; `index` counts the images in their source. A folder
 without index.json is an extraction that has not ended.
@@ -12,6 +12,9 @@ without index.json is an extraction that has not ended.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from torch.utils.data import Dataset
 
 from gspn_core.runs.files import read_json
 
-FORMAT = "gspn-dit features 1"
+FORMAT = "gspn-dit features 2"
 SETTINGS = "extraction.json"
 INDEX = "index.json"
 
@@ -57,6 +60,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if settings.get("format") != FORMAT:
         raise ValueError(f"{path} must be of format {FORMAT!r}, got {settings.get('format')!r}")
     return settings
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file's content."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def open_shard(folder: Path, settings: Mapping[str, Any], number: int) -> tuple[Any, Tensor]:
@@ -125,6 +137,7 @@ class Features(Dataset[tuple[Tensor, int]]):
         entries = read_json(path)["shards"]
         if len(entries) != count:
             raise ValueError(f"{path} must name {count} shards, got {len(entries)}")
+        self._checksums = [entry["crc32"] for entry in entries]
         for number, entry in enumerate(entries):
             shard = self.folder / shard_name(number)
             if shard.is_file() and shard.stat().st_size != entry["bytes"]:
@@ -141,10 +154,21 @@ class Features(Dataset[tuple[Tensor, int]]):
         """Return moments (2, 2C, H, W) of image and mirror image, and the class."""
         number, row = divmod(range(len(self))[index], self.settings["shard_size"])
         if number not in self._shards:
+            self._verify(number)
             self._shards[number] = open_shard(self.folder, self.settings, number)
         moments, labels = self._shards[number]
         # Without a copy the row would keep the whole shard in memory.
         return moments[row].clone(), int(labels[row])
+
+    def _verify(self, number: int) -> None:
+        """Compare a shard's content with its checksum; once in each process, before its first row is read.
+
+        Raises:
+            ValueError: they differ.
+        """
+        shard = self.folder / shard_name(number)
+        if checksum(shard) != self._checksums[number]:
+            raise ValueError(f"{shard} is damaged: its checksum is not that of the index; run `gspn-dit extract` again")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}
@@ -153,6 +177,12 @@ class Features(Dataset[tuple[Tensor, int]]):
     def class_names(self) -> list[str]:
         """Names of the classes, in their order."""
         return list(self.settings["class_names"])
+
+    @property
+    def fingerprint(self) -> str:
+        """What the features are, wherever they and their images are stored."""
+        content = {key: value for key, value in self.settings.items() if key not in ("source", "split")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
+
+from gspn_core.runs.images import UnreadableImageError, read_image
 
 _SYNONYMS = {"val": "validation", "validation": "val"}
 _SPLITS = ("train", "val", "validation", "test")
@@ -36,10 +38,6 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
-
-
-class UnreadableImageError(ValueError):
-    """An image that cannot be decoded; the message names it."""
 
 
 class _Skipping:
@@ -98,7 +96,6 @@ class _Table:
         columns = dataset.select_columns([self._image_column, self._label_column])
         # Kept encoded, so that an unreadable image can be named.
         self._dataset = columns.cast_column(self._image_column, datasets.Image(decode=False))
-        self._decode = datasets.Image().decode_example
         labels, files = self._read_columns()
         names = getattr(dataset.features[self._label_column], "names", None)
         if names is None:
@@ -131,16 +128,10 @@ class _Table:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         row = self._dataset[index]
         stored = row[self._image_column]
-        try:
-            if stored is None:
-                raise ValueError("there is none")
-            # Pillow would leave the file of a broken image open.
-            content = stored["bytes"] or Path(stored["path"]).read_bytes()
-            return self._decode({"bytes": content, "path": None}), row[self._label_column]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            path = f" ({stored['path']})" if stored and stored["path"] else ""
-            raise UnreadableImageError(f"image {index} of {self._name!r}{path} cannot be read: {reason}") from None
+        if stored is None:
+            raise UnreadableImageError(f"cannot read image {index} of {self._name!r}: there is none")
+        name = stored["path"] or f"{self._name}:{index}"
+        return read_image(stored["bytes"] or Path(stored["path"]), name), row[self._label_column]
 
 
 def _choose(candidates: Sequence[str], given: str | None, preferred: Sequence[str], title: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,19 +127,25 @@ class FlowLoss(nn.Module):
 
     Args:
         timesteps: scale of the model's time.
+        times: "uniform", or "logit_normal": s = sigmoid(z), z standard normal.
+        shift: of times, s <- shift s / (1 + (shift - 1) s), for more noise at larger images.
 
-    Source: SiT, arXiv 2401.08740 (linear path, velocity).
+    Sources: SiT, arXiv 2401.08740 (linear path, velocity); Stable Diffusion 3, arXiv 2403.03206 (times and shift).
     """
 
     learned_variance = False
 
-    def __init__(self, *, timesteps: int = 1000) -> None:
+    def __init__(self, *, timesteps: int = 1000, times: str = "uniform", shift: float = 1.0) -> None:
         super().__init__()
-        self.timesteps = timesteps
+        self.timesteps, self.times, self.shift = timesteps, times, shift
 
     def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw times s, uniform: (count,) float32 on the CPU."""
-        return torch.rand(count, generator=generator)
+        """Draw times s: (count,) float32 on the CPU."""
+        if self.times == "logit_normal":
+            s = torch.randn(count, generator=generator).sigmoid()
+        else:
+            s = torch.rand(count, generator=generator)
+        return self.shift * s / (1 + (self.shift - 1) * s)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_s, (N, C, H, W), at the times s, (N,)."""
@@ -160,6 +167,6 @@ class FlowLoss(nn.Module):
         return {"loss": per_sample((noise - x0 - output.float()) ** 2)}
 
 
-def make_loss(objective: str) -> NoiseLoss | FlowLoss:
+def make_loss(objective: str, **options: Any) -> NoiseLoss | FlowLoss:
     """Build the loss called "noise" or "flow"."""
-    return {"noise": NoiseLoss, "flow": FlowLoss}[objective]()
+    return {"noise": NoiseLoss, "flow": FlowLoss}[objective](**options)

@@ -23,7 +23,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +50,31 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(_presets())
 _PIPELINE_NULL = 1000
 
 
+class DropPath(nn.Module):
+    """Leave a residual branch out for some images while training: y B / (1 - rate), B in {0, 1} per image.
+
+    The rate is a buffer, not a number: compiled blocks of other rates then share one graph.
+
+    Args:
+        rate: probability of leaving it out.
+
+    Source: stochastic depth, arXiv 1603.09382.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        if not self.training:
+            return y
+        kept = torch.rand(len(y), 1, 1, 1, device=y.device) < self.keep
+        return y * (kept / self.keep).to(y.dtype)
+
+
 class GSPNDiTBlock(nn.Module):
     """Mix pixels and channels, as a residual: (N, C, H, W) to (N, C, H, W).
 
@@ -59,15 +84,11 @@ class GSPNDiTBlock(nn.Module):
         channels: C.
         gate_rank: channels of the bottleneck that weights and gates are made from.
         proxy_channels: None gives every channel weights of its own (GSPN-1), a number shares one set (GSPN-2).
-        drop_path: probability of leaving the branch out.
-        skip: whether a second input is fused into the first, as out-blocks do.
+        drop_path: probability of leaving the branch out; None never does.
     """
 
-    def __init__(
-        self, channels: int, *, gate_rank: int, proxy_channels: int | None, drop_path: float, skip: bool
-    ) -> None:
+    def __init__(self, channels: int, *, gate_rank: int, proxy_channels: int | None, drop_path: float | None) -> None:
         super().__init__()
-        self.fuse = nn.Conv2d(2 * channels, channels, 1) if skip else None
         self.norm = LayerNorm2d(channels, eps=1e-5)
         self.proj_in = nn.Conv2d(channels, channels, 1, bias=False)
         self.conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, bias=False)
@@ -80,18 +101,27 @@ class GSPNDiTBlock(nn.Module):
         self.mix = nn.Conv2d(channels, channels, 1, bias=False)
         self.local = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.proj_out = nn.Conv2d(channels, channels, 1)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = nn.Identity() if drop_path is None else DropPath(drop_path)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), and as much from the in-block for an out-block, to (N, C, H, W)."""
-        if self.fuse is not None:
-            assert skip is not None
-            x = self.fuse(torch.cat((x, skip), dim=1))
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
         y = self.conv(self.proj_in(self.norm(x)))  # (N, C, H, W)
         y = self.local(self.mix(self.propagation(y)))  # (N, C, H, W)
         y = self.proj_out(y * F.relu(y))  # (N, C, H, W)
         out: Tensor = x + self.drop_path(y)
         return out
+
+
+class GSPNDiTOutBlock(GSPNDiTBlock):
+    """A block that first fuses the output of its in-block into its input: x = fuse([x, skip])."""
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, **options)
+        self.fuse = nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, C, H, W) each, to (N, C, H, W)."""
+        return super().forward(self.fuse(torch.cat((x, skip), dim=1)))
 
 
 class FinalLayer(nn.Module):
@@ -130,8 +160,8 @@ class GSPNDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["GSPNDiTBlock"]
-    _repeated_blocks: ClassVar = ["GSPNDiTBlock"]
+    _no_split_modules: ClassVar = ["GSPNDiTBlock", "GSPNDiTOutBlock"]
+    _repeated_blocks: ClassVar = ["GSPNDiTBlock", "GSPNDiTOutBlock"]
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embed", "norm", "class_embed", "final"]
 
     @register_to_config
@@ -164,18 +194,16 @@ class GSPNDiTTransformer2DModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
         if num_layers < 0 or num_layers % 2:
             raise ValueError(f"num_layers must be even, half of them before the middle block, got {num_layers}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate}")
         self.register_to_config(out_channels=out_channels, gate_rank=gate_rank)
         self.out_channels = out_channels
         self.gradient_checkpointing = False
 
         def block(place: int) -> GSPNDiTBlock:
-            return GSPNDiTBlock(
-                hidden_size,
-                gate_rank=gate_rank,
-                proxy_channels=proxy_channels,
-                drop_path=drop_path_rate * place / max(1, num_layers),
-                skip=place > num_layers // 2,
-            )
+            kind = GSPNDiTOutBlock if place > num_layers // 2 else GSPNDiTBlock
+            rate = drop_path_rate * place / max(1, num_layers) if drop_path_rate > 0 else None
+            return kind(hidden_size, gate_rank=gate_rank, proxy_channels=proxy_channels, drop_path=rate)
 
         half = num_layers // 2
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)

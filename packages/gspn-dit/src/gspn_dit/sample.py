@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
@@ -24,20 +24,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gspn_core.runs.files import check_record, make_folder, replacing, write_json
+from gspn_core.runs.files import check_record, locked, make_folder, read_json, replacing, write_json
 from gspn_core.runs.options import to_dict
 from gspn_core.runs.training import make_accelerator
 
 from . import checkpoint
 from .config import SampleConfig
 from .models import GSPNDiTTransformer2DModel
-from .vae import decode, factor, fingerprint, load_vae
+from .vae import DECODER, ENCODER, decode, factor, fingerprint, load_vae
 
 SAMPLERS = {"noise": ("ancestral", "ddim"), "flow": ("euler", "heun")}
 
 
-def make_scheduler(sampler: str, steps: int) -> Any:
-    """Build diffusers' scheduler of a sampler, set to a number of steps.
+def make_scheduler(sampler: str, steps: int, time_shift: float = 1.0) -> Any:
+    """Build diffusers' scheduler of a sampler, set to a number of steps; `time_shift` is of the flow's.
 
     Raises:
         ValueError: more steps than the 1000 trained with.
@@ -52,12 +52,15 @@ def make_scheduler(sampler: str, steps: int) -> Any:
             **linear, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
         )
     elif sampler == "ddim":
-        # The spacing that agrees with the fixed stride that DDIMScheduler steps by.
-        scheduler = DDIMScheduler(**linear, clip_sample=False, timestep_spacing="trailing")
+        # DPM-Solver++ of first order is DDIM, arXiv 2211.01095, and steps to the next of its times; DDIMScheduler
+        # steps by a fixed stride, which misses them where the steps do not divide 1000.
+        scheduler = DPMSolverMultistepScheduler(
+            **linear, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"
+        )
     elif sampler == "euler":
-        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=time_shift)
     else:
-        scheduler = FlowMatchHeunDiscreteScheduler()
+        scheduler = FlowMatchHeunDiscreteScheduler(shift=time_shift)
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -90,6 +93,8 @@ def generate(
     steps: int,
     seed: int = 0,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    time_shift: float = 1.0,
     guidance_channels: int | None = None,
     size: tuple[int, int] | None = None,
     autocast: Callable[[], Any] | None = None,
@@ -103,6 +108,8 @@ def generate(
         sampler: "ancestral" or "ddim" for noise, "euler" or "heun" for velocity.
         steps: of the sampler.
         guidance: scale; 1 is none.
+        guidance_interval: times from 0 (data) to 1 (noise) that guidance applies to (arXiv 2404.07724).
+        time_shift: of the flow, as in `FlowLoss`.
         guidance_channels: channels it applies to; None is all.
         size: height and width; None is the model's `sample_size`.
         autocast: makes the context of the forward passes.
@@ -117,11 +124,11 @@ def generate(
     x = randn_tensor((len(labels), channels, height, width), generators, device, torch.float32)
     classes = torch.tensor(labels, device=device)
     null = torch.full_like(classes, config.num_classes)
-    scheduler = make_scheduler(sampler, steps)
+    scheduler = make_scheduler(sampler, steps, time_shift)
     options = {"generator": generators} if sampler == "ancestral" else {}
     for t in scheduler.timesteps:
         with autocast() if autocast else torch.autocast(device.type, enabled=False):
-            if guidance == 1:
+            if guidance == 1 or not guidance_interval[0] <= float(t) / 1000 <= guidance_interval[1]:
                 output = model(x.to(model.dtype), t, classes).sample.float()
             else:
                 both = torch.cat((x, x)).to(model.dtype)
@@ -154,6 +161,11 @@ def grid(images: np.ndarray[Any, Any], columns: int | None = None, gap: int = 2)
         top, left = place // columns * (height + gap), place % columns * (width + gap)
         page[top : top + height, left : left + width] = image
     return page
+
+
+def columns_for(count: int, classes: int) -> int | None:
+    """Return the columns of a grid of images that take the classes in turn: one per class, if they fill a row."""
+    return classes if 1 < classes <= min(count, 20) else None
 
 
 def save_png(pixels: np.ndarray[Any, Any], path: Path) -> None:
@@ -224,15 +236,20 @@ class Sampling:
         self.size = self._latent_size(state)
         self.out = Path(config.out)
         self.images = self.out / "images"
-        # All that the images depend on.
-        kept = ("count", "classes", "sampler_steps", "guidance", "guidance_channels", "seed", "batch_size", "precision")
+        trained_shift = state.get("time_shift", 1.0)
+        self.time_shift = trained_shift if config.time_shift is None else config.time_shift
+        # All that the images depend on, but the paths, which may change.
+        kept = ["count", "classes", "sampler_steps", "guidance", "guidance_interval", "guidance_channels", "seed"]
+        kept += ["batch_size", "precision"]
         self.settings = {key: to_dict(config)[key] for key in kept} | {
             "checkpoint": str(folder),
+            "checkpoint_sha256": checkpoint.hash_weights(folder, config.weights),
             "step": state.get("step"),
+            "time_shift": self.time_shift,
             "weights": config.weights,
             "sampler": self.sampler,
             "latent_size": list(self.size),
-            "vae": fingerprint(self.vae) if self.vae else None,
+            "vae": fingerprint(self.vae, ENCODER + DECODER) if self.vae else None,
         }
 
     def _open_vae(self, state: dict[str, Any]) -> AutoencoderKL | None:
@@ -265,7 +282,8 @@ class Sampling:
         return self.images / f"{index:06d}.png"
 
     def _open_folder(self) -> None:
-        check_record(self.out / "settings.json", self.settings)
+        check_record(self.out / "settings.json", self.settings, free=("checkpoint", "count"))
+        self._check_count()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             make_folder(self.images)
@@ -273,12 +291,23 @@ class Sampling:
             write_json(self.out / "labels.json", self.labels)
         self.accelerator.wait_for_everyone()
 
+    def _check_count(self) -> None:
+        """More images may be drawn into a folder, but not fewer, which would leave some that nothing names."""
+        record = self.out / "settings.json"
+        before = read_json(record)["count"] if record.is_file() else 0
+        if before > self.config.count:
+            raise ValueError(f"count must be at least the {before} images in {self.out}, got {self.config.count}")
+
     def run(self) -> dict[str, Any]:
         """Draw what is missing; return the folder, images, how many were drawn now, and seconds.
 
         Raises:
-            ValueError: the folder holds samples of other settings.
+            ValueError: the folder holds samples of other settings, or another process draws there.
         """
+        with locked(self.out):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         began = time.perf_counter()
         self._open_folder()
         config, accelerator = self.config, self.accelerator
@@ -319,6 +348,8 @@ class Sampling:
             steps=config.sampler_steps,
             seed=config.seed,
             guidance=config.guidance,
+            guidance_interval=config.guidance_interval,
+            time_shift=self.time_shift,
             guidance_channels=config.guidance_channels,
             size=self.size,
             autocast=self.accelerator.autocast,
@@ -329,7 +360,8 @@ class Sampling:
         files = [self._file(index) for index in range(self.config.count)]
         if self.config.grid:
             shown = np.stack([read_png(file) for file in files[: self.config.grid]])
-            save_png(grid(shown), self.out / "grid.png")
+            classes = len(set(self.labels)) if self.config.classes is None else len(self.config.classes)
+            save_png(grid(shown, columns_for(len(shown), classes)), self.out / "grid.png")
         if self.config.npz:
             write_npz(files, self.out / "samples.npz")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numpy.lib import format as npy
-from PIL import Image
 from torch import Tensor
+
+from gspn_core.runs.images import read_image
 
 from .extractors import Batches
 from .images import open_images
 from .metrics import Moments
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+FEATURES = {"fid": 2048, "sfid": 2023}  # of Inception
 
 
 class TensorImages:
@@ -122,13 +124,7 @@ class FolderImages:
 
     @staticmethod
     def _read(file: Path) -> npt.NDArray[np.uint8]:
-        try:
-            with Image.open(file) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode} has more than 8 bits")
-                return np.array(image.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise several kinds
-            raise ValueError(f"{file}: cannot be read as an image ({error})") from error
+        return np.array(read_image(file).convert("RGB"))
 
 
 def open_batches(source: str) -> Batches:
@@ -174,9 +170,19 @@ def open_reference(source: str, *, inception: bool) -> tuple[Batches | None, dic
         for metric, names in {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}.items():
             if set(names) <= set(keys):
                 statistics[metric] = Moments(*(npy.read_array(archive.open(f"{name}.npy")) for name in names))
+                _check_statistics(path, statistics[metric], names, FEATURES[metric])
     if statistics and "arr_0" not in keys:
         return None, statistics
     return NpzImages(path), statistics
+
+
+def _check_statistics(path: Path, found: Moments, names: Sequence[str], features: int) -> None:
+    """Refuse statistics of another size or that are not finite, before any features are extracted."""
+    for name, values, shape in zip(names, found, ((features,), (features, features)), strict=True):
+        if values.shape != shape or not np.issubdtype(values.dtype, np.floating):
+            raise ValueError(f"{path}: {name} must be floating-point {shape}, got {values.dtype} {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path}: {name} must be finite, got NaN or infinity")
 
 
 def _keys(archive: zipfile.ZipFile) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,21 +15,31 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
-from gspn_core.runs.files import make_folder, read_tensors, write_text
-from gspn_core.runs.logs import Log
-from gspn_core.runs.options import to_dict, to_yaml
+from gspn_core.runs.errors import TerminatedError
+from gspn_core.runs.files import locked, make_folder, read_tensors, write_text
+from gspn_core.runs.logs import Log, last_value
+from gspn_core.runs.options import to_dict, to_yaml, warmup_of
 from gspn_core.runs.order import INIT, STEP, Order, derive_seed
-from gspn_core.runs.training import FREE_TO_CHANGE, LearningRate, Meter, averaged, check_same_run, make_accelerator
+from gspn_core.runs.training import (
+    FREE_TO_CHANGE,
+    LearningRate,
+    Meter,
+    Termination,
+    averaged,
+    check_same_run,
+    check_steps,
+    make_accelerator,
+)
 
 from .checkpoint import CONFIG, FORMAT, WEIGHTS, load_model
 from .config import TrainConfig
 from .data import draw, loader, open_data
 from .losses import make_loss
 from .models import GSPNDiTTransformer2DModel
-from .sample import SAMPLERS, generate, grid, save_png, to_pixels
+from .sample import SAMPLERS, columns_for, generate, grid, save_png, to_pixels
 from .vae import decode, fingerprint, load_vae
 
-FREE = FREE_TO_CHANGE | {"vae", "sample_every", "sample_count", "sampler_steps", "guidance", "unreadable"}
+FREE = FREE_TO_CHANGE | {"vae", "sample_every", "sample_count", "sampler_steps", "guidance"}
 
 
 class Trainer:
@@ -42,7 +53,7 @@ class Trainer:
         self.config = config
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
-        self.accelerator = make_accelerator(config.device, config.precision, config.accumulate)
+        self.accelerator = make_accelerator(config.device, config.precision, config.accumulate, tf32=config.tf32)
         self.vae = load_vae(config.vae).eval() if config.vae else None
         self.source = open_data(
             config.data,
@@ -62,10 +73,11 @@ class Trainer:
             rank=self.rank,
             world_size=self.world,
         )
-        self.objective = make_loss(config.objective).to(self.accelerator.device)
+        flow = {"times": config.times, "shift": config.time_shift} if config.objective == "flow" else {}
+        self.objective = make_loss(config.objective, **flow).to(self.accelerator.device)
         torch.manual_seed(derive_seed(INIT, config.seed))
         self.bare_model = self._build()
-        self.step = 0
+        self.step, self.loss = 0, None  # the loss is the main process's to report
         self._restore_or_start()
 
     def _build(self) -> GSPNDiTTransformer2DModel:
@@ -81,6 +93,9 @@ class Trainer:
             model = GSPNDiTTransformer2DModel.from_preset(config.model, **options)
         except TypeError as error:
             raise ValueError(f"model_kwargs do not suit {config.model}: {error}") from None
+        if model.config.num_classes < len(self.class_names):
+            classes = len(self.class_names)
+            raise ValueError(f"num_classes must be at least the {classes} of the data, got {model.config.num_classes}")
         patch = model.config.patch_size
         if any(side % patch for side in size):
             raise ValueError(f"the patch of {config.model} must divide {size[0]} x {size[1]}, got {patch}")
@@ -96,6 +111,7 @@ class Trainer:
             "images per update (batch_size * accumulate * processes)": batch,
             "the classes": self.class_names,
             "the number of images": len(self.source),
+            "the data (SHA-256)": self.source.fingerprint,
         }
 
     def _restore_or_start(self) -> None:
@@ -107,17 +123,19 @@ class Trainer:
         state = checkpoints.read_state(newest, FORMAT) if newest else {}
         if newest:
             check_same_run(self.folder, state["config"] | state["facts"], to_dict(config) | self._facts, FREE)
+            check_steps(self.folder, state["step"], config.steps)
             checkpoints.load_weights(self.bare_model, read_tensors(newest / WEIGHTS["model"]), newest)
         elif config.start_from is not None:
-            started, _ = load_model(config.start_from)
-            checkpoints.load_weights(self.bare_model, started.state_dict(), config.start_from)
+            self._start_from(config.start_from)
 
         self.bare_model.to(self.accelerator.device).train()
         self.ema: AveragedModel | None = None
         if config.ema_decay is not None:
             self.ema = averaged(self.bare_model, config.ema_decay, warmup=config.ema_warmup)
-        self.lr = LearningRate(config.lr, config.min_lr, config.lr_schedule, config.steps, config.warmup_steps)
-        self.optimizer = torch.optim.AdamW(self.bare_model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        warmup = int(warmup_of(config.warmup_steps, config.steps))
+        self.lr = LearningRate(config.lr, config.min_lr, config.lr_schedule, config.steps, warmup)
+        options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.bare_model.parameters(), **options)
         if config.compile:
             self.bare_model.compile_repeated_blocks()
         self.model, self.stepper = self.accelerator.prepare(self.bare_model, self.optimizer)
@@ -128,6 +146,20 @@ class Trainer:
             )
         images_per_update = next(iter(self._facts.values()))
         self.meter = Meter(self.accelerator, self._columns, images_per_update, state.get("pending", ()))
+
+    def _start_from(self, path: str) -> None:
+        """Take the weights of another model; of the classes those that it knows by name, and the null class."""
+        started, origin = load_model(path)
+        weights = started.state_dict()
+        names = origin.get("class_names") or [str(number) for number in range(started.config.num_classes)]
+        before, table = weights["class_embed.weight"], self.bare_model.class_embed.weight.detach().clone()
+        if before.shape[1:] == table.shape[1:]:
+            for row, name in enumerate(self.class_names):
+                if name in names:
+                    table[row] = before[names.index(name)]
+            table[-1] = before[-1]
+            weights["class_embed.weight"] = table
+        checkpoints.load_weights(self.bare_model, weights, path)
 
     def _save(self) -> None:
         """Write a checkpoint of this moment; every process calls it."""
@@ -142,6 +174,7 @@ class Trainer:
                 "format": FORMAT,
                 "step": self.step,
                 "objective": self.config.objective,
+                "time_shift": self.config.time_shift,
                 "class_names": self.class_names,
                 "latent_size": list(self.source.shape[1:]),
                 "vae_fingerprint": getattr(getattr(self.source, "features", None), "vae_fingerprint", None),
@@ -163,25 +196,24 @@ class Trainer:
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Take one optimizer step; return this process's mean terms and the gradient's norm, on the device."""
         config, device = self.config, self.accelerator.device
-        part = slice(self.rank * config.batch_size, (self.rank + 1) * config.batch_size)
         total = torch.zeros(len(self._columns), device=device)
         self.lr.set(self.optimizer, self.step)
         for micro in range(config.accumulate):
             items, labels = next(batches)
+            first = (micro * self.world + self.rank) * config.batch_size
             draws = draw(
                 self.objective,
                 self.source.shape,
-                config.batch_size * self.world,
+                range(first, first + config.batch_size),
                 hflip=config.hflip,
                 dropout=config.label_dropout,
-                seed=derive_seed(STEP, config.seed, self.step, micro),
-                part=part,
+                seeds=(STEP, config.seed, self.step),
             )
             # For what the model itself draws, such as DropPath.
             torch.manual_seed(derive_seed(STEP, config.seed, self.step, micro, self.rank))
             x0 = self.source.clean(items.to(device), draws.mirrored.to(device), draws.posterior.to(device))
             noise, times = draws.noise.to(device), draws.times.to(device)
-            labels = torch.where(draws.dropped, len(self.class_names), labels).to(device)
+            labels = torch.where(draws.dropped, self.bare_model.config.num_classes, labels).to(device)
             with self.accelerator.accumulate(self.model):
                 corrupted = self.objective.corrupt(x0, noise, times)
                 output = self.model(corrupted, self.objective.timestep(times), labels, return_dict=False)[0]
@@ -217,6 +249,7 @@ class Trainer:
             steps=config.sampler_steps,
             seed=config.seed,
             guidance=config.guidance,
+            time_shift=config.time_shift,
             size=self.source.shape[1:],  # type: ignore[arg-type]
             autocast=self.accelerator.autocast,
         )
@@ -224,7 +257,7 @@ class Trainer:
         if self.vae is not None:
             self.vae.to(x.device)
             x = decode(self.vae, x)
-        page = grid(to_pixels(x))
+        page = grid(to_pixels(x), columns_for(len(labels), len(self.class_names)))
         make_folder(self.folder / "samples")
         save_png(page, self.folder / "samples" / f"step-{self.step:08d}.png")
         self.log.add_image("samples", self.step, page)
@@ -240,9 +273,19 @@ class Trainer:
             WriteError: a checkpoint cannot be written.
         """
         began = time.perf_counter()
+        with locked(self.folder):
+            self._run()
+        return {
+            "folder": str(self.folder),
+            "steps": self.step,
+            "parameters": sum(p.numel() for p in self.bare_model.parameters()),
+            "loss": self.loss,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+
+    def _run(self) -> None:
         main = self.accelerator.is_main_process
         if main:
-            make_folder(self.folder)
             write_text(self.folder / "config.yaml", to_yaml(self.config))
             tables = {"train": [*self._columns, "lr", "images_per_second"]}
             self.log = Log(self.folder, tables, self.step, tensorboard=self.config.tensorboard)
@@ -250,21 +293,21 @@ class Trainer:
             self._train()
         finally:
             if main:
+                self.loss = last_value(self.folder / "train.csv", "loss")
                 self.log.close()
-        return {
-            "folder": str(self.folder),
-            "steps": self.step,
-            "parameters": sum(p.numel() for p in self.bare_model.parameters()),
-            "loss": self.meter.loss,
-            "seconds": round(time.perf_counter() - began, 1),
-        }
 
     def _train(self) -> None:
         config, main = self.config, self.accelerator.is_main_process
         self.order.start = self.step
         batches = iter(loader(self.source, self.order, config.workers))
         self.meter.restart()
-        with tqdm(total=config.steps, initial=self.step, unit="update", disable=not (config.progress and main)) as bar:
+        show = config.progress and main
+        if show:
+            print(self._introduction(), file=sys.stderr)
+        with (
+            Termination(self.accelerator) as termination,
+            tqdm(total=config.steps, initial=self.step, unit="update", disable=not show) as bar,
+        ):
             while self.step < config.steps:
                 self.meter.add(self._update(batches))
                 bar.update()
@@ -273,6 +316,9 @@ class Trainer:
                     every is not None and (last or self.step % every == 0)
                     for every in (config.log_every, config.checkpoint_every, config.sample_every)
                 )
+                if termination.asked(self.step) and not last:
+                    self._save()
+                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
                 if not (log or save or grid_due):
                     continue
                 rows, speed = self._rows(), self.meter.images_per_second
@@ -288,6 +334,15 @@ class Trainer:
                 if grid_due:
                     self._draw_samples()
                 self.meter.restart()
+
+    def _introduction(self) -> str:
+        parameters = sum(p.numel() for p in self.bare_model.parameters())
+        go_on = f", from update {self.step} on" if self.step else ""
+        return (
+            f"{self.config.model}, {parameters / 1e6:.1f} million parameters, on {self.accelerator.device}; "
+            f"{len(self.source):,} images of {len(self.class_names)} classes from {self.config.data}; "
+            f"{self.config.steps:,} updates of {next(iter(self._facts.values()))} images{go_on}; to {self.folder}"
+        )
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-# The configuration that latents depend on; not the training size and hints of precision.
+# What latents depend on: of the configuration, without the training size and hints of precision, and of the weights.
 _FIELDS = (
-    *("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block"),
-    *("act_fn", "latent_channels", "norm_num_groups", "scaling_factor", "shift_factor"),
-    *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+    *("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "act_fn", "latent_channels"),
+    *("norm_num_groups", "scaling_factor", "shift_factor", "use_quant_conv", "mid_block_add_attention"),
 )
+ENCODER = ("encoder.", "quant_conv.")
+DECODER = ("decoder.", "post_quant_conv.")
 
 
 def _find(path: str) -> tuple[dict[str, Any], str | None]:
@@ -67,10 +68,20 @@ def load_vae(path: str) -> AutoencoderKL:
     return found
 
 
-def fingerprint(vae: AutoencoderKL) -> str:
-    """Return a SHA-256 of the configuration and all weights, the latter as float32."""
+def fingerprint(vae: AutoencoderKL, parts: tuple[str, ...] = ENCODER) -> str:
+    """Return a SHA-256 of the configuration and of weights, the latter as float32.
+
+    By default of those that latents depend on: VAEs that differ in their decoders alone, such as sd-vae-ft-ema and
+    sd-vae-ft-mse, have the same.
+
+    Args:
+        vae: the VAE.
+        parts: prefixes of the names of the weights, ENCODER, DECODER or both.
+    """
     digest = hashlib.sha256(json.dumps({field: vae.config.get(field) for field in _FIELDS}).encode())
     for name, tensor in sorted(vae.state_dict().items()):
+        if not name.startswith(parts):
+            continue
         values = tensor.detach().cpu().float().contiguous()
         digest.update(f"{name} {tuple(values.shape)}".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy())
