@@ -56,6 +56,11 @@ def run(unet: UNet2DConditionModel, **size: int) -> torch.Tensor:
         return unet(**inputs(unet, **size)).sample
 
 
+def same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are equal, bit for bit."""
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+
 def distill_options(pipeline: Any, data: Any, out: Any, /, **changes: Any) -> dict[str, Any]:
     """Options of a short distillation, as of a YAML file."""
     values: dict[str, Any] = {"pipeline": str(pipeline), "data": str(data), "out": str(out), "image_size": "32x64"}

@@ -106,7 +106,7 @@ def test_missing_and_unreadable_data(photographs, tmp_path):
     folder = write_folder(tmp_path / "data", photographs)
     (folder / "1.png").write_bytes(b"no image")
     captioned = open_captioned(str(folder))
-    with pytest.raises(ValueError, match=r"image 1 of .*1.png\) cannot be read: not an image"):
+    with pytest.raises(ValueError, match=r"cannot read image '.*1.png': not an image"):
         captioned[1]
     with pytest.raises(ValueError, match=r"image_column must be one of image for .*, got 'photo'"):
         open_captioned(str(folder), image_column="photo")

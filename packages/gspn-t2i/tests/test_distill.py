@@ -124,7 +124,7 @@ def test_student_and_teacher_share_all_but_the_mixers(sd15, digits, tmp_path):
     shared = {name for name in ours if name in theirs and ours[name] is theirs[name]}
     mixers = {name for name, p in ours.items() if p.requires_grad}
     assert shared | mixers == set(ours) and not shared & mixers
-    assert all(".attn1." in name and "mid_block" not in name for name in mixers)
+    assert all(name.startswith("gspn_adapter.") and "mid_block" not in name for name in mixers)
     assert not any(p.requires_grad for p in theirs.values())
     assert all(type(module).__name__ == "Attention" for module in self_attentions(run.teacher).values())
 
@@ -162,6 +162,34 @@ def test_another_start(whole, sd15, digits, tmp_path):
     run = Distiller(config(sd15, digits, tmp_path / "run", start_from=str(whole[0] / "adapter"), ema_decay=None))
     assert run.average is None
     assert all(torch.equal(run.adapter.state_dict()[key], value) for key, value in adapter.state_dict().items())
+
+
+def test_options_of_another_start(sd15, digits, tmp_path):
+    """A run records those that the adapter was built with; one that asks for others is refused."""
+    unet = DiffusionPipeline.from_pretrained(sd15).unet
+    GSPNAdapter.for_unet(unet, mixer="gspn", proxy=0.5, chunk_size=None).save_pretrained(tmp_path / "adapter")
+    start = {"start_from": str(tmp_path / "adapter")}
+    for changes in ({}, {"mixer": "gspn"}, {"proxy": 0.5}, {"chunk_size": None}):
+        run = Distiller(config(sd15, digits, tmp_path / "run", **start, **changes))
+        assert (run.config.mixer, run.config.proxy, run.config.chunk_size) == ("gspn", 0.5, None)
+        assert run.facts["options"]["mixer"] == "gspn"
+    for name, value in {"proxy": 0.25, "chunk_size": 8, "init": "random", "keep_attention": ["mid_block"]}.items():
+        with pytest.raises(ValueError, match=f"{name} is for a new adapter, start_from names one with"):
+            Distiller(config(sd15, digits, tmp_path / "run", **start, **{name: value}))
+
+
+def test_the_average_of_a_short_run_has_moved(sd15, digits, tmp_path):
+    """By default, with a decay of 0.9999: most of the way from the start to the plain weights."""
+    options = config(sd15, digits, tmp_path / "run", steps=30, checkpoint_every=30, ema_decay=0.9999)
+    distiller = Distiller(options)
+    start = {key: value.detach().clone() for key, value in distiller.adapter.named_parameters()}
+    distiller.run()
+    adapter = dict(GSPNAdapter.from_pretrained(tmp_path / "run" / "adapter").named_parameters())
+    moved, way = (
+        torch.stack([(there[key] - start[key]).norm() for key in start]).norm()
+        for there in (adapter, dict(distiller.adapter.named_parameters()))
+    )
+    assert moved > 0.6 * way > 0
 
 
 @pytest.mark.parametrize(

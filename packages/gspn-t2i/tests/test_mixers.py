@@ -1,5 +1,7 @@
 """The mixer against its equation, and what it takes from an attention."""
 
+import re
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
@@ -27,9 +29,9 @@ def tokens(n, length, seed=1):
 def test_the_equation(kind, chunk_size, grid):
     """In float64, pixel by pixel indexed (row, column), with one scan per direction."""
     made = mixer(kind, chunk_size=chunk_size).double()
-    height, width = made.grid = grid
+    height, width = grid
     x = tokens(2, height * width).double()
-    ours = made(x)
+    ours = made(x, grid)
     q, k, v = (x @ getattr(made, name).weight.T for name in ("to_q", "to_k", "to_v"))
     reduced = x @ made.bottleneck.weight.T + made.bottleneck.bias
     gates = (reduced @ made.gates.weight.T + made.gates.bias).view(2, height, width, 4, made.groups, 3)
@@ -51,8 +53,7 @@ def test_the_equation(kind, chunk_size, grid):
 @pytest.mark.parametrize("kind", ["gspn", "gspn2"])
 def test_every_parameter_learns(kind):
     made = mixer(kind)
-    made.grid = (4, 6)
-    made(tokens(2, 24)).square().sum().backward()
+    made(tokens(2, 24), (4, 6)).square().sum().backward()
     assert [name for name, p in made.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
 
 
@@ -71,6 +72,13 @@ def test_projections_of_an_attention(bias):
     assert keys <= {name for name, _ in made.named_parameters()}
 
 
+def test_quantized_projections_are_refused():
+    attention = Attention(16, heads=3, dim_head=8)
+    attention.to_k.weight = torch.nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"projections must be floating-point to be copied, got torch\.int8"):
+        mixer().copy_projections(attention)
+
+
 def test_the_proxy_is_a_low_rank_form_of_the_scan():
     """With as many proxy channels as there are, down and lift cancel."""
     made = mixer(proxy=24)
@@ -81,21 +89,16 @@ def test_the_proxy_is_a_low_rank_form_of_the_scan():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(kind, dtype):
     made = mixer(kind)
-    made.grid = (6, 6)
-    expected = made(tokens(1, 36))
-    out = made.to(dtype)(tokens(1, 36).to(dtype))
+    expected = made(tokens(1, 36), (6, 6))
+    out = made.to(dtype)(tokens(1, 36).to(dtype), (6, 6))
     assert out.dtype == dtype
     assert (out.float() - expected).norm() < 0.05 * expected.norm()
 
 
 def test_wrong_calls():
     made = mixer()
-    with pytest.raises(ValueError, match=r"the grid must have 24 places, got None; is the adapter mounted\?"):
-        made(tokens(2, 24))
-    made.grid = (5, 5)
-    with pytest.raises(ValueError, match=r"the grid must have 24 places, got \(5, 5\)"):
-        made(tokens(2, 24))
-    with pytest.raises(ValueError, match="a self-attention without a mask"):
-        made(tokens(2, 25), attention_mask=torch.ones(2, 25))
+    for grid in (None, (5, 5)):
+        with pytest.raises(ValueError, match=rf"the grid must have 24 places, got {re.escape(str(grid))}"):
+            made(tokens(2, 24), grid)
     with pytest.raises(ValueError, match="mixer must be one of gspn, gspn2, got 'mamba'"):
         mixer("mamba")

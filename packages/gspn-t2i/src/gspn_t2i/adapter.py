@@ -6,45 +6,27 @@
     adapter.unmount()                        the attention is back, bit for bit
     adapter.save_pretrained("adapter")       the mixers alone
 
-The adapter is a diffusers model of its own: a pipeline whose UNet is saved with mixers in it could not be loaded again.
+The adapter is a diffusers model of its own, and a mounted UNet is saved without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from .mixers import KINDS, SelfAttentionMixer
+from .mixers import KINDS, SelfAttentionMixer, base_of, with_data
+from .mounting import attach, detach, dtype_of, place, self_attentions, shape_of, unmounted
 
 INITS = ("qkv", "random")
-
-
-def self_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """Return a UNet's self-attentions by name, in order: modules called attn1 within transformer blocks."""
-    return {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
-
-
-def _transformers(unet: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the transformers around attentions, `X.transformer_blocks.0.attn1` being within X."""
-    outer = {name.rpartition(".transformer_blocks.")[0] for name in names}
-    return {name: unet.get_submodule(name) for name in sorted(outer)}
-
-
-def _set_grid(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Set the grid of a transformer's mixers to height and width of its input (N, C, H, W), before it runs.
-
-    It reads the transformer alone, so that a copy of the UNet sets its own mixers.
-    """
-    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-    grid = (int(hidden_states.shape[-2]), int(hidden_states.shape[-1]))
-    for block in transformer.transformer_blocks:  # type: ignore[union-attr]
-        if isinstance(block.attn1, SelfAttentionMixer):
-            block.attn1.grid = grid
+# Arguments of `from_pretrained` that say where a model lies.
+_WHERE = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 class GSPNAdapter(ModelMixin, ConfigMixin):
@@ -66,6 +48,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        *,  # diffusers takes those given by position for defaults, and leaves them out of a configuration
         layers: dict[str, dict[str, Any]],
         mixer: str = "gspn2",
         proxy: float = 0.125,
@@ -125,6 +108,9 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         """
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if isinstance(keep_attention, str):
+            raise ValueError(f"keep_attention must be a list of parts of names, got {keep_attention!r}")
+        unet = unmounted(unet)
         attentions = self_attentions(unet)
         if not attentions:
             raise ValueError(f"unet must have self-attentions called attn1, {type(unet).__name__} has none")
@@ -136,14 +122,63 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"keep_attention must leave a self-attention to replace, {list(keep_attention)} leaves none"
             )
-        layers = {name: _shape_of(name, attention) for name, attention in replaced.items()}
-        adapter = cls(layers, mixer=mixer, proxy=proxy, bottleneck=bottleneck, chunk_size=chunk_size)
-        parameter = next(unet.parameters())
-        adapter.mixers.to(device=parameter.device, dtype=_dtype(unet))
+        layers = {name: shape_of(unet, name) for name in replaced}
+        adapter = cls(layers=layers, mixer=mixer, proxy=proxy, bottleneck=bottleneck, chunk_size=chunk_size)
+        place(adapter, unet, next(iter(layers)), dtype_of(unet))
         if init == "qkv":
             for name, attention in replaced.items():
                 adapter.mixer_of(name).copy_projections(attention)
         return adapter
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Return the state without what peft or offloading wraps around it, as an adapter of `config` holds it."""
+        weights = {}
+        for name, module in self._like(self).named_modules():
+            with with_data(base_of(self.get_submodule(name))) as own:
+                for key, _ in module.named_parameters(recurse=False):
+                    weights[f"{name}.{key}"] = getattr(own, key).detach().clone()
+        return weights
+
+    @classmethod
+    def _like(cls, other: GSPNAdapter) -> GSPNAdapter:
+        """Return an adapter of another's shape, on meta."""
+        with torch.device("meta"):
+            made: GSPNAdapter = cls.from_config(other.config)
+        return made
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the mixers' own weights, whether mounted, offloaded or wrapped by a LoRA; arguments as in diffusers."""
+        plain = self._like(self)
+        plain.load_state_dict(self.own_weights(), assign=True)
+        super(GSPNAdapter, plain).save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name: Any, **kwargs: Any) -> Any:
+        """Load an adapter; arguments as in diffusers.
+
+        Raises:
+            OSError: there is none of this name, or it cannot be downloaded.
+            ValueError: it is another model's, a weight is missing, has another shape or is not finite.
+        """
+        where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+        kind = cls.load_config(name, **where).get("_class_name")
+        if kind != cls.__name__:
+            raise ValueError(f"{name} must hold a {cls.__name__}, holds a {kind}")
+        wanted = kwargs.pop("output_loading_info", False)
+        adapter, info = super().from_pretrained(name, output_loading_info=True, **kwargs)
+        stem, variant = SAFETENSORS_WEIGHTS_NAME.removesuffix("safetensors"), kwargs.get("variant")
+        file = Path(
+            name, kwargs.get("subfolder") or "", f"{stem}{variant}.safetensors" if variant else f"{stem}safetensors"
+        )
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                raise ValueError(
+                    f"{file} must hold the weights of its config.json, {problem}: {sorted(info[problem])[:3]}"
+                )
+        broken = [key for key, value in adapter.named_parameters() if not value.isfinite().all()]
+        if broken:
+            raise ValueError(f"{file} must hold finite weights, {len(broken)} are not, such as {broken[0]}")
+        return (adapter, info) if wanted else adapter
 
     def mixer_of(self, name: str) -> SelfAttentionMixer:
         """Return the mixer for the self-attention of that name."""
@@ -157,77 +192,55 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         mounted = self.__dict__["_mounted"]
         return mounted["unet"] if mounted else None
 
-    def mount(self, unet: nn.Module) -> None:
-        """Replace the UNet's self-attentions by the mixers.
+    def mount(self, unet: nn.Module, *, cast: bool = True, discard: bool = False) -> GSPNAdapter:
+        """Replace the UNet's self-attentions by the mixers, and return the adapter.
+
+        The UNet keeps the adapter as its child `gspn_adapter`, and its self-attentions in their place: what is done to
+        the UNet meanwhile, such as a move, a cast, offloading, or a LoRA that is loaded or fused, is done to them too.
+
+        Args:
+            unet: as of `for_unet`.
+            cast: give the mixers the UNet's dtype; False leaves them, for training under autocast.
+            discard: free the weights of the attentions that are replaced; the UNet can then neither be unmounted nor
+                saved.
 
         Raises:
             ValueError: the adapter is mounted already, or is for another UNet; nothing has changed then.
         """
         if self.mounted_on is not None:
             raise ValueError("the adapter must be unmounted before it is mounted again")
+        unet = unmounted(unet)
         attentions = self_attentions(unet)
         for name, shape in self.config.layers.items():
             if name not in attentions:
                 raise ValueError(f"the adapter is for another UNet: {type(unet).__name__} has no {name}")
-            if isinstance(attentions[name], SelfAttentionMixer):
-                raise ValueError(f"another adapter is mounted on the UNet: {name} is a mixer")
-            have = _shape_of(name, attentions[name])
+            have = shape_of(unet, name)
             if have != dict(shape):
                 raise ValueError(f"the adapter is for another UNet: {name} must be {dict(shape)}, is {have}")
-        originals = {}
-        for name in self.config.layers:
-            originals[name] = attentions[name]
-            mixer = self.mixer_of(name)
-            mixer.train(attentions[name].training)
-            unet.set_submodule(name, mixer)
-        transformers = _transformers(unet, list(originals)).values()
-        hooks = [module.register_forward_pre_hook(_set_grid, with_kwargs=True) for module in transformers]
-        self.__dict__["_mounted"] = {
-            "unet": unet,
-            "dtype": _dtype(unet),
-            "originals": originals,
-            "hooks": hooks,
-        }
+        place(self, unet, next(iter(self.config.layers)), dtype_of(unet) if cast else None)
+        self.train(unet.training)
+        mixers = {name: self.mixer_of(name) for name in self.config.layers}
+        self.__dict__["_mounted"] = attach(self, unet, mixers, discard)
+        return self
 
     def unmount(self) -> nn.Module:
-        """Put the self-attentions back and return the UNet.
+        """Let the self-attentions compute again and return the UNet.
 
         Raises:
-            ValueError: the adapter is not mounted.
+            ValueError: the adapter is not mounted, the attentions were discarded or have a hook around their forward,
+                or the mixers have a LoRA of their own; nothing has changed then.
         """
         mounted = self.__dict__["_mounted"]
         if mounted is None:
             raise ValueError("the adapter must be mounted to be unmounted")
-        unet: nn.Module = mounted["unet"]
-        device, dtype = next(unet.parameters()).device, _dtype(unet)
-        for name, attention in mounted["originals"].items():
-            # The UNet may have moved or been cast in the meantime.
-            attention.to(device=device, dtype=None if dtype == mounted["dtype"] else dtype)
-            unet.set_submodule(name, attention)
-        for hook in mounted["hooks"]:
-            hook.remove()
+        if mounted["discard"]:
+            raise ValueError("an adapter mounted with discard=True cannot be unmounted; load the UNet again")
+        if any(base_of(module) is not module for module in self.modules()):
+            raise ValueError("the mixers have a LoRA of their own, unload it before the adapter is unmounted")
+        hooked = [name for name, attention in mounted["attentions"].items() if "forward" in vars(attention)]
+        if hooked:
+            raise ValueError(f"{hooked[0]} has had its forward replaced, by a hook perhaps; remove it, then unmount")
+        detach(self, mounted)
         self.__dict__["_mounted"] = None
+        unet: nn.Module = mounted["unet"]
         return unet
-
-
-def _dtype(unet: nn.Module) -> torch.dtype:
-    """Return the dtype that a UNet computes in; diffusers' own property handles layerwise casting."""
-    dtype: torch.dtype = getattr(unet, "dtype", None) or next(unet.parameters()).dtype
-    return dtype
-
-
-def _shape_of(name: str, attention: Any) -> dict[str, Any]:
-    """Return the shape of an attention's projections.
-
-    Raises:
-        ValueError: it has parts that a mixer lacks.
-    """
-    for part in ("group_norm", "spatial_norm", "norm_q", "norm_k", "add_k_proj"):
-        if getattr(attention, part, None) is not None:
-            raise ValueError(f"{name} must be a plain self-attention, has {part}")
-    if getattr(attention, "is_cross_attention", False):
-        raise ValueError(f"{name} must be a self-attention, is a cross-attention")
-    inner, channels = attention.to_q.weight.shape
-    if attention.to_k.weight.shape != (inner, channels) or attention.to_v.weight.shape != (inner, channels):
-        raise ValueError(f"{name} must project queries, keys and values alike")
-    return {"channels": channels, "inner": inner, "bias": attention.to_q.bias is not None}

@@ -59,7 +59,7 @@ def _with_mixer(config: BenchmarkConfig, mixer: str, device: torch.device | str)
             # The cost depends on shapes only, not on the initial weights.
             adapter = GSPNAdapter.for_unet(unet, mixer=mixer, chunk_size=config.chunk_size, init="random")
         adapter.requires_grad_(False)
-        adapter.mount(unet)
+        adapter.mount(unet, discard=True)
     return unet
 
 

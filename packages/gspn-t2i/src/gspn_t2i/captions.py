@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from gspn_core.runs.images import UnreadableImageError, read_image
 from gspn_core.runs.options import ImageSize
 
 METADATA = "metadata.jsonl"
@@ -47,7 +48,6 @@ class Captioned:
         columns = dataset.select_columns([self._image, self._text.partition(".")[0]])
         # Left encoded, so that an image which cannot be read can be named.
         self._dataset = columns.cast_column(self._image, datasets.Image(decode=False))
-        self._decode = datasets.Image().decode_example
         self.captions = [self._caption(index, value) for index, value in enumerate(self._texts())]
         self.fingerprint = hashlib.sha256(json.dumps([self.captions, self._files()]).encode()).hexdigest()
 
@@ -81,16 +81,10 @@ class Captioned:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         stored = self._dataset[index][self._image]
-        try:
-            if stored is None:
-                raise ValueError("it is empty")
-            # Pillow would leave the file of a broken image open.
-            content = stored["bytes"] or Path(stored["path"]).read_bytes()
-            return self._decode({"bytes": content, "path": None}), self.captions[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            path = f" ({stored['path']})" if stored and stored["path"] else ""
-            raise ValueError(f"image {index} of {self._name!r}{path} cannot be read: {reason}") from None
+        if stored is None:
+            raise UnreadableImageError(f"cannot read image {index} of {self._name!r}: there is none")
+        name = stored["path"] or f"{self._name}:{index}"
+        return read_image(stored["bytes"] or Path(stored["path"]), name), self.captions[index]
 
 
 def _text_columns(features: Any) -> list[str]:
@@ -221,7 +215,7 @@ def crop(image: Image.Image, size: ImageSize) -> tuple[Image.Image, tuple[int, i
         resized image, height and width of the crop.
     """
     height, width = size
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = image.convert("RGB")
     original = (image.height, image.width)
     scale = max(width / image.width, height / image.height)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

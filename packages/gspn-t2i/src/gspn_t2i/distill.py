@@ -34,7 +34,7 @@ from .config import DistillConfig
 from .objective import TERMS, Objective, Taps, training_schedule
 from .pipelines import save_png
 from .samples import draw_grid, exchanged
-from .student import AVERAGED, CONFIG, WEIGHTS, build_adapter, load_teacher, predict, student_of
+from .student import AVERAGED, CONFIG, WEIGHTS, build_adapter, load_teacher, predict, student_of, with_start
 
 FORMAT = "gspn-t2i 2"
 # Samples leave the weights as they are; a run that stopped at an unreadable image has skipped none before.
@@ -49,6 +49,7 @@ class Distiller:
     """
 
     def __init__(self, config: DistillConfig) -> None:
+        config = with_start(config)
         self.config, self.folder = config, Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
         self.accelerator = make_accelerator(config.device, config.precision, config.accumulate)
@@ -104,7 +105,7 @@ class Distiller:
         if config.ema_decay is not None:
             self.average = averaged(self.adapter, config.ema_decay, warmup=config.ema_warmup)
         self.student = student_of(self.teacher)
-        self.adapter.mount(self.student)
+        self.adapter.mount(self.student, cast=False)
         self.adapter.mixers.train()
         layers = list(self.adapter.config.layers) if config.feature_weight else []
         self.student_taps, self.teacher_taps = Taps(self.student, layers), Taps(self.teacher, layers)

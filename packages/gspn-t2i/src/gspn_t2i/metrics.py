@@ -22,6 +22,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from gspn_core.runs.files import make_folder, replacing
+from gspn_core.runs.images import read_image
 
 ROWS = 4096  # features that are centred in float64 at a time
 # The names that the moments of a metric have in an .npz, those of FID as other tools write them.
@@ -101,21 +102,6 @@ def read_statistics(path: Path, widths: Mapping[Any, int], origin: Mapping[str, 
     return statistics
 
 
-def read_image(file: Path) -> Image.Image:
-    """Read an image in colour.
-
-    Raises:
-        ValueError: it cannot be read, or has more than 8 bits.
-    """
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} has more than 8 bits")
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise several kinds
-        raise ValueError(f"{file}: cannot be read as an image ({error})") from error
-
-
 def square(image: Image.Image, side: int) -> Image.Image:
     """Crop the centre to the short side, and resize it with Pillow's Lanczos filter."""
     width, height = image.size
@@ -190,7 +176,9 @@ class Inception(nn.Module):
 
     def prepare(self, file: Path) -> Tensor:
         """Read an image as (3, 299, 299) float32 from 0 to 255."""
-        return clean_resize(square(read_image(file), self.size), FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE)
+        return clean_resize(
+            square(read_image(file).convert("RGB"), self.size), FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
+        )
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Features (N, 2048) of what `prepare` returns."""
@@ -250,7 +238,7 @@ class Clip(nn.Module):
 
     def prepare(self, file: Path) -> Tensor:
         """Read an image and apply open_clip's transform: (3, S, S) float32."""
-        image: Tensor = self.transform(read_image(file))
+        image: Tensor = self.transform(read_image(file).convert("RGB"))
         return image
 
     def forward(self, images_NCHW: Tensor) -> Tensor:

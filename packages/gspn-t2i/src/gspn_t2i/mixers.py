@@ -7,9 +7,12 @@ from an attention's projections.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
 from gspn_core import DIRECTIONS, propagate
@@ -17,8 +20,20 @@ from gspn_core import DIRECTIONS, propagate
 KINDS = ("gspn", "gspn2")
 
 
+def base_of(layer: Any) -> Any:
+    """Return the layer that peft wraps, or the layer itself."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+@contextlib.contextmanager
+def with_data(module: nn.Module) -> Iterator[nn.Module]:
+    """Hold a module's own parameters in memory, where accelerate offloads them and leaves meta tensors behind."""
+    with align_module_device(module, torch.device("cpu")) if has_offloaded_params(module) else contextlib.nullcontext():
+        yield module
+
+
 class SelfAttentionMixer(nn.Module):
-    r"""Mix the tokens of an image by line scans; it has the interface and the projections of a diffusers `Attention`.
+    r"""Mix the tokens of an image by line scans; it has the projections of a diffusers `Attention`.
 
         q, k, v = to_q(x), to_k(x), to_v(x)                                            (N, L, I) each, on an H x W grid
         w       = row_stochastic(gates(bottleneck(x)))
@@ -37,8 +52,6 @@ class SelfAttentionMixer(nn.Module):
         proxy: channels that are scanned, for "gspn2".
         chunk_size: lines per independent chunk; None scans the whole image.
         bias: whether to_q, to_k and to_v have one.
-
-    The grid is set by the adapter before every forward pass of the transformer around it.
 
     Sources: GSPN, arXiv 2501.12381, section 4 (text to image); GSPN-2, arXiv 2512.07884.
     """
@@ -59,11 +72,10 @@ class SelfAttentionMixer(nn.Module):
             raise ValueError(f"mixer must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind = kind
         self.chunk_size = chunk_size
-        self.grid: tuple[int, int] | None = None
         self.to_q = nn.Linear(channels, inner, bias=bias)
         self.to_k = nn.Linear(channels, inner, bias=bias)
         self.to_v = nn.Linear(channels, inner, bias=bias)
-        # As in diffusers' Attention, so that LoRA and conversions find it.
+        # As in diffusers' Attention, whose weights it takes.
         self.to_out = nn.ModuleList((nn.Linear(inner, channels), nn.Dropout(0.0)))
         scanned = inner if kind == "gspn" else proxy
         self.groups = inner if kind == "gspn" else 1
@@ -92,35 +104,33 @@ class SelfAttentionMixer(nn.Module):
 
     @torch.no_grad()
     def copy_projections(self, attention: Any) -> None:
-        """Copy an attention's projections: Q to u, K to lam, V to the scanned input, and the output projection."""
-        for name in ("to_q", "to_k", "to_v"):
-            getattr(self, name).load_state_dict(getattr(attention, name).state_dict())
-        ours, theirs = self.to_out[0], attention.to_out[0]
-        assert isinstance(ours, nn.Linear)
-        ours.weight.copy_(theirs.weight)
-        if theirs.bias is None:
-            nn.init.zeros_(ours.bias)
-        else:
-            ours.bias.copy_(theirs.bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Mix tokens (N, L, C) of the grid set, row by row, into tokens of the same shape; no other input is used.
+        """Copy an attention's projections: Q to u, K to lam, V to the scanned input, and the output projection.
 
         Raises:
-            ValueError: another sequence or a mask is given, or the grid does not have L places.
+            ValueError: they are quantized.
         """
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("a mixer is a self-attention without a mask, got another sequence or a mask")
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            ours: Any = self.get_submodule(name)
+            theirs = base_of(attention.get_submodule(name))
+            if not theirs.weight.is_floating_point():
+                raise ValueError(f"projections must be floating-point to be copied, got {theirs.weight.dtype}")
+            with with_data(theirs):
+                ours.weight.copy_(theirs.weight)
+                if theirs.bias is not None:
+                    ours.bias.copy_(theirs.bias)
+                elif ours.bias is not None:
+                    nn.init.zeros_(ours.bias)
+
+    def forward(self, hidden_states: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """Mix tokens (N, L, C) of a grid of height and width, row by row, into tokens of the same shape.
+
+        Raises:
+            ValueError: the grid does not have L places.
+        """
         n, length, _ = hidden_states.shape
-        if self.grid is None or self.grid[0] * self.grid[1] != length:
-            raise ValueError(f"the grid must have {length} places, got {self.grid}; is the adapter mounted?")
-        height, width = self.grid
+        if grid is None or grid[0] * grid[1] != length:
+            raise ValueError(f"the grid must have {length} places, got {grid}")
+        height, width = grid
 
         def as_map(tokens: Tensor) -> Tensor:  # (N, L, E) to (N, E, H, W), without a copy
             return tokens.transpose(1, 2).unflatten(2, (height, width))

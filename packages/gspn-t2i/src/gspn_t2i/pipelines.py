@@ -48,11 +48,13 @@ def load_adapter(name: str) -> GSPNAdapter:
 
     Raises:
         FileNotFoundError: there is none of this name, or it cannot be downloaded.
+        ValueError: it is not an adapter, lacks a weight, or has one that is not finite.
     """
     try:
-        return GSPNAdapter.from_pretrained(name)
+        adapter: GSPNAdapter = GSPNAdapter.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(f"no adapter {name!r}: {_first_line(error)}") from None
+    return adapter
 
 
 def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
@@ -60,7 +62,7 @@ def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
 
     Raises:
         FileNotFoundError: there is none of this name, or it cannot be downloaded.
-        ValueError: the pipeline has no UNet, or the adapter is for another.
+        ValueError: the pipeline has no UNet, or one that takes more than noisy latents, or the adapter does not fit.
     """
     try:
         with _no_bars():
@@ -69,10 +71,15 @@ def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
         raise FileNotFoundError(f"no pipeline {name!r}: {_first_line(error)}") from None
     if getattr(pipeline, "unet", None) is None:
         raise ValueError(f"pipeline must have a UNet to mount mixers on, {type(pipeline).__name__} has none")
+    takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != latents:
+        raise ValueError(
+            f"pipeline must draw from noise alone, in {latents} channels, the UNet of {name!r} takes {takes} "
+            "(as for inpainting)"
+        )
     if adapter is not None:
-        loaded = load_adapter(adapter)
-        loaded.mixers.to(dtype)
-        loaded.mount(pipeline.unet)
+        # Commands have no use for the attention any more.
+        load_adapter(adapter).mount(pipeline.unet, discard=True)
     return pipeline
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -19,6 +20,28 @@ from .pipelines import DTYPES, load_adapter, load_pipeline
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 AVERAGED = "diffusion_pytorch_model.ema.safetensors"
 CONFIG = "config.json"
+
+
+def with_start(config: DistillConfig) -> DistillConfig:
+    """Return the options with those that the adapter of `start_from` was built with, which a run records.
+
+    Raises:
+        ValueError: an option asks for another adapter.
+    """
+    if config.start_from is None:
+        return config
+    try:
+        own = GSPNAdapter.load_config(config.start_from)
+    except OSError:
+        return config  # `build_adapter` says what is wrong with it
+    defaults = DistillConfig(pipeline=config.pipeline, data=config.data)
+    kept = {"init": defaults.init, "keep_attention": defaults.keep_attention}
+    built = {name: own.get(name) for name in ("mixer", "proxy", "bottleneck", "chunk_size")} | kept
+    for name, value in built.items():
+        asked = getattr(config, name)
+        if asked not in (value, getattr(defaults, name)):
+            raise ValueError(f"{name} is for a new adapter, start_from names one with {value!r}, got {asked!r}")
+    return dataclasses.replace(config, **built)
 
 
 def load_teacher(config: DistillConfig, device: torch.device) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from gspn_core.runs.errors import explaining_memory
 from gspn_core.runs.files import check_record, write_json
+from gspn_core.runs.images import read_image
 from gspn_core.runs.options import ImageSize, to_dict
 
 from .demofusion import Predictor, Terms, chunk_feed_forward, decode, image_to_image
@@ -32,22 +33,17 @@ _FREE |= {"memory", "vae_tiling", "split_guidance", "chunked_feed_forward", "off
 _FREE |= {"device", "progress"}
 
 
-def read_image(name: str) -> tuple[Image.Image, str]:
+def read_original(name: str) -> tuple[Image.Image, str]:
     """Return an image file's pixels, upright and in RGB, and the file's digest.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image.
     """
-    path = Path(name)
-    if not path.is_file():
+    if not Path(name).is_file():
         raise FileNotFoundError(f"no image {name!r}")
-    try:
-        with Image.open(path) as opened:
-            pixels = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be an image file, {name!r} cannot be read: {error}") from None
-    return pixels, hashlib.sha256(path.read_bytes()).hexdigest()
+    content = Path(name).read_bytes()
+    return read_image(content, name).convert("RGB"), hashlib.sha256(content).hexdigest()
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -91,7 +87,7 @@ class Upscaling:
         self.original: Image.Image | None = None
         self.digest: str | None = None
         if config.image is not None:
-            self.original, self.digest = read_image(config.image)
+            self.original, self.digest = read_original(config.image)
         check_offload(config.offload, config.device)
         self.device = one_device(config.device)
         self.drawing = load_pipeline(config.pipeline, config.adapter, DTYPES[config.precision])
