@@ -260,18 +260,47 @@ def test_constant_field_stays_exactly_constant(isa):
 # ---- determinism, work that is not wanted, memory
 
 
-@pytest.mark.parametrize("groups,lam", [(1, 1), (64, 64)])
-def test_same_bits_with_one_and_two_threads(groups, lam):
-    inputs = propagate_inputs(2, 64, 40, 30, groups=groups, lam=lam, u=2)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(value_and_gradients(propagate, inputs))
-    finally:
+# N, C, H, W, G, C' of lam and u: one channel, pairs and odd ones; short lines and several tiles; channels that share
+# weights and gates within a task, in several, and in groups that do not end where parts of a sum end.
+INVARIANT = [
+    (3, 1, 5, 24, 1, 1, 1),
+    (1, 2, 4, 24, 1, 1, 2),
+    (1, 4, 1, 32, 1, 4, None),
+    (3, 3, 9, 17, 1, 3, 1),
+    (3, 5, 20, 33, 5, 1, 5),
+    (1, 2, 160, 128, 1, 1, 2),
+    (2, 64, 14, 14, 64, 64, 2),
+    (7, 90, 6, 10, 2, 3, 5),
+    (17, 90, 6, 10, 1, 3, 2),
+]
+
+
+@pytest.mark.parametrize(
+    "case,dtype,isa", [(c, d, i) for c in INVARIANT for d in DTYPES[:3] for i in ISAS], indirect=["isa"], ids=str
+)
+def test_same_bits_whatever_threads_and_batch(case, dtype, isa):
+    """With 1 to 64 threads, and for each image alone and in a batch: the output and every gradient."""
+    n, c, h, w, groups, lam, u = case
+    inputs = propagate_inputs(n, c, h, w, groups=groups, lam=lam, u=u, dtype=dtype)
+    dy = randn(n, c, h, w, dtype=dtype, seed=4)
+
+    def results(images, threads):
         torch.set_num_threads(threads)
-    for one, two, again in zip(*results, strict=True):
-        assert torch.equal(one, two) and torch.equal(two, again)
+        leaves = [None if t is None else t[images].detach().requires_grad_() for t in inputs]
+        y = propagate(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy[images])]
+
+    before = torch.get_num_threads()
+    try:
+        wanted = results(slice(None), 1)
+        for threads in (2, 3, 7, 64):
+            for ours, one in zip(results(slice(None), threads), wanted, strict=True):
+                assert torch.equal(ours, one), threads
+        for i in {0, n // 2, n - 1}:
+            for ours, whole in zip(results(slice(i, i + 1), 2), wanted, strict=True):
+                assert torch.equal(ours, whole[i : i + 1]), i
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("wanted", range(4))
