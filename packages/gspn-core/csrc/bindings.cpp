@@ -74,8 +74,10 @@ Field field(const TensorArg& tensor, const char* dimensions) {
   const std::size_t rank = std::strlen(dimensions);
   if (shape.size() != rank || strides.size() != rank) throw std::invalid_argument("a tensor has the wrong rank");
   f.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tensor->ptr(), 0));
+  bool empty = false;
   for (std::size_t i = 0; i < rank; ++i) {
     const int64_t stride = integer(PyTuple_GET_ITEM(strides.ptr(), i));
+    empty = empty || integer(PyTuple_GET_ITEM(shape.ptr(), i)) == 0;
     switch (dimensions[i]) {
       case 'n': f.n = stride; break;
       case 'd': f.d = stride; break;
@@ -88,6 +90,8 @@ Field field(const TensorArg& tensor, const char* dimensions) {
       case 'w': f.col = stride; break;
     }
   }
+  // As if it were absent: torch takes the memory of a tensor away, when parameters are sharded for example.
+  if (f.data == nullptr && !empty) throw std::invalid_argument("a tensor has no memory");
   return f;
 }
 
@@ -150,6 +154,8 @@ Params backward_params(const Call& call, const TensorArg& dy, const TensorArg& x
   p.dweights = field(dweights, has_directions ? "ndckhw" : "nckhw");
   p.dlam = field(dlam, gate);
   p.du = field(du, gate);
+  if (p.checkpoints == nullptr && (p.dweights || p.du) && gspn::checkpoint_offset(p, p.D) > 0 && !is_empty(p))
+    throw std::invalid_argument("the checkpoints have no memory");
   return p;
 }
 

@@ -184,6 +184,28 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(propagate(x, logits), propagate(x.contiguous(), logits))
 
 
+def test_memory_that_was_taken_away():
+    """An empty storage is an error: as a null pointer it would stand for an absent gate."""
+    inputs = propagate_inputs(1, 2, 40, 4, lam=1, u=2)
+    operators = torch.ops.gspn
+    checkpoints = operators.propagate(*inputs, [0, 1, 2, 3], None, True)[1]
+    arguments = [*inputs, checkpoints]
+    for i, t in enumerate(arguments):
+        taken = [t.clone() if i == j else other for j, other in enumerate(arguments)]
+        taken[i].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="memory"):
+            operators.propagate_backward(inputs[0], *taken, [0, 1, 2, 3], None, [True] * 4)
+        if i < 4:
+            with pytest.raises(ValueError, match="memory"):
+                operators.propagate(*taken[:4], [0, 1, 2, 3], None)
+
+
+@pytest.mark.parametrize("chunk_size", [2**63 - 1, 2**70])
+def test_chunks_of_any_size(chunk_size):
+    x, logits, _, _ = propagate_inputs(1, 2, 20, 5)
+    assert torch.equal(propagate(x, logits, chunk_size=chunk_size), propagate(x, logits))
+
+
 # ---- edges
 
 
