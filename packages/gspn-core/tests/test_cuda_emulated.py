@@ -8,8 +8,10 @@ from emulation import build
 from operator_cases import (
     DTYPES,
     channels_last,
+    check_infinities,
     check_line_scan,
     check_propagate,
+    check_without_effect,
     covering,
     part_of_a_wider_buffer,
     propagate_inputs,
@@ -186,6 +188,21 @@ def test_nan_and_saturation(emulated, path):
     x[..., 6, 20] = torch.nan
     y = propagate(x, logits)
     assert torch.equal(y.isnan(), reference.propagate(x, logits).isnan())
+
+
+@pytest.mark.parametrize("path,groups,size", covering(PATHS, [1, 4], [(12, 9), (8, 32), (5, 130)]), ids=str)
+def test_logits_without_effect(emulated, path, groups, size):
+    emulated.cuda_select_path(path)
+    check_without_effect(propagate, *size, groups=groups)
+
+
+# Lines of exactly a segment of a warp: the neighbours of their ends are another channel's.
+@pytest.mark.parametrize(
+    "path,size,chunk_size", covering(PATHS, [(8, 8), (6, 16), (9, 32), (7, 128), (5, 140)], [None, 3]), ids=str
+)
+def test_infinities(emulated, path, size, chunk_size):
+    emulated.cuda_select_path(path)
+    check_infinities(*size, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from operator_cases import (
     DTYPES,
     channels_last,
+    check_infinities,
     check_line_scan,
     check_propagate,
+    check_without_effect,
     covering,
     part_of_a_wider_buffer,
     propagate_inputs,
@@ -216,20 +218,33 @@ def test_empty(shape):
     assert [t.shape for t in ours] == [(n, c, h, w), (n, c, h, w), (n, 4, 1, 3, h, w), (n, 4, 3, h, w), (n, 4, 1, h, w)]
 
 
-def test_weights_of_a_first_line_have_no_effect():
-    inputs = propagate_inputs(1, 2, 6, 5, d=1, groups=2)
-    poisoned = inputs[1].clone()
-    poisoned[:, :, :, :, [0, 3]] = torch.nan  # first lines of chunks of three rows
-    clean, *clean_gradients = value_and_gradients(
-        lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), inputs
-    )
-    ours, dx, dlogits = value_and_gradients(
-        lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), [inputs[0], poisoned, None, None]
-    )
-    assert torch.equal(ours, clean) and torch.equal(dx, clean_gradients[0])
-    assert (clean_gradients[1][..., [0, 3], :] == 0).all() and torch.equal(
-        dlogits[..., [1, 2, 4, 5], :], clean_gradients[1][..., [1, 2, 4, 5], :]
-    )
+@pytest.mark.parametrize(
+    "dtype,groups,isa",
+    covering([torch.float32, torch.bfloat16, torch.float64], [1, 2], ISAS),
+    indirect=["isa"],
+    ids=str,
+)
+def test_logits_without_effect(dtype, groups, isa):
+    check_without_effect(propagate, groups=groups, dtype=dtype)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_logits_without_effect_in_sums_of_several_tasks(groups):
+    """Their gradients come from sums that several tasks have made."""
+    inputs = propagate_inputs(1, 96, 6, 5, d=1, groups=groups)
+    inputs[1][..., [0, 3], :] = torch.nan
+    gradients = value_and_gradients(lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), inputs)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "size,chunk_size,dtype,isa",
+    covering([(6, 9), (24, 33), (40, 1), (150, 130)], [None, 2, 5], [torch.float32, torch.float64], ISAS),
+    indirect=["isa"],
+    ids=str,
+)
+def test_infinities(size, chunk_size, dtype, isa):
+    check_infinities(*size, dtype, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 20])

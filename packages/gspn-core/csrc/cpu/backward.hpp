@@ -169,6 +169,7 @@ class WeightGradient {
 
   void apply_jacobian(const WeightTile<S, A>& weights) {
     for (int64_t t = 0; t < span_.lines; ++t) {
+      if (starts_chunk(p_, span_.begin + t)) continue;  // zero, whatever the logits
       const Weights<A> w = weights.line(t);
       logit_gradients_line(weights.raw(0, t), weights.raw(1, t), weights.raw(2, t), w.a, w.c, line(0, t), line(1, t),
                            line(2, t), scan_.length);
@@ -249,9 +250,18 @@ void backward_task(const Params& p, const Split& split, int64_t n, int64_t c0, i
             load_line(static_cast<const A*>(p.checkpoints) + (n * p.C + c) * total + gspn::checkpoint_offset(p, d) +
                           checkpoint * scan.length,
                       h_line(-1), scan.length);
-          for (int64_t t = 0; t < lines; ++t)
-            step<1>(p, i0 + t, Lines<1, A>{{h_line(t - 1)}, {x.line(t)}, {lam.line(t)}, {h_line(t)}}, weights.line(t),
-                    scan.length);
+          FiniteCheck<A> check;
+          const auto scan_tile = [&](bool infinities) {
+            for (int64_t t = 0; t < lines; ++t) {
+              const bool starts = starts_chunk(p, i0 + t);
+              if (starts && needs_finite(p)) check.add(h_line(t - 1), scan.length);
+              step<1>(starts, Lines<1, A>{{h_line(t - 1)}, {x.line(t)}, {lam.line(t)}, {h_line(t)}}, weights.line(t),
+                      scan.length, infinities);
+            }
+            if (needs_finite(p)) check.add(h_line(lines - 1), scan.length);
+          };
+          scan_tile(false);
+          if (!check.finite()) scan_tile(true);
         }
         LinePrefetcher prefetcher(scan, -most_lines, sizeof(S));
         if (descends(p, scan, false, sizeof(S))) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "plan.hpp"
 #include "simd.hpp"
@@ -177,6 +178,46 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
     const Lanes<A> right = overlap ? beyond + lines.h[k][j + kLanes] : beyond;
     store8(lines.next[k] + j, update(weights, k, j, left_of(left[k], here[k]), here[k], right_of(here[k], right)));
     if (overlap) store8(lines.next[k] + last, end[k]);
+  }
+}
+
+// Tells whether all values of some lines were finite: sums of their products with zero.
+template <class A>
+struct FiniteCheck {
+  Lanes<A> zeros{};
+
+  GSPN_INLINE void add(const A* h, int64_t length) {
+    int64_t j = 0;
+    for (; j + kLanes <= length; j += kLanes) zeros += load8(h + j) * A(0);
+    if (j == length) return;
+    if (length >= kLanes) {
+      zeros += load8(h + length - kLanes) * A(0);
+    } else {
+      for (; j < length; ++j) zeros[j] += h[j] * A(0);
+    }
+  }
+  bool finite() const {
+    A sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += zeros[i];
+    return sum == A(0);
+  }
+};
+
+// The same as update_lines for row-stochastic weights, with infinities. The difference form gives NaN beside them,
+// since inf - inf is NaN: there the weighted sum decides, whose weights are positive where there is a neighbour.
+template <class A>
+void update_line_with_infinities(const A* h, const A* x, const A* lam, A* next, const Weights<A>& w, int64_t length) {
+  const auto weighted = [](A weight, A value) { return weight == A(0) ? A(0) : weight * value; };
+  for (int64_t j = 0; j < length; ++j) {
+    const A left = j > 0 ? h[j - 1] : A(0), right = j + 1 < length ? h[j + 1] : A(0), a = w.a[j], c = w.c[j];
+    const A input = lam != nullptr ? lam[j] * x[j] : x[j],
+            sum = lam != nullptr ? multiply_add(lam[j], x[j], h[j]) : h[j] + x[j];
+    A value = multiply_add(c, right - h[j], multiply_add(a, left - h[j], sum));
+    if (value != value) {
+      const A b = (A(1) - a) - c;  // may be rounded to 0 or below
+      value = weighted(c, right) + (b <= A(0) ? std::numeric_limits<A>::min() : b) * h[j] + weighted(a, left) + input;
+    }
+    next[j] = value;
   }
 }
 

@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
               if (k < summed_planes) *weight_sums[k].at(at.col, i, j) = sums[k];
           } else {
             A out[3] = {sums[0], sums[1], sums[2]};
-            if (p.stochastic)
+            if (p.stochastic && !starts_chunk(p, i))  // on the first line zero, whatever the logits
               logit_gradients<T>(
                   widen(*weight_loader.planes[0].at(at.col, i, j)), widen(*weight_loader.planes[1].at(at.col, i, j)),
                   widen(*weight_loader.planes[2].at(at.col, i, j)), has_left, has_right, sums[0], sums[1], out);
@@ -322,9 +322,9 @@ __global__ void __launch_bounds__(kFinishThreads)
       sums[k] += partials[(((part * p.N + n) * groups + g) * planes + k) * plane + pixel];
   const int64_t at = n * p.weights.n + d * p.weights.d + g * p.weights.c + row * p.weights.row + col * p.weights.col;
   A out[3] = {sums[0], sums[1], sums[2]};
-  if (p.stochastic) {
-    const Scan scan = make_scan(p, d);
-    const int j = scan.horizontal ? row : col;
+  const Scan scan = make_scan(p, d);
+  const int j = scan.horizontal ? row : col, line = scan.horizontal ? col : row;
+  if (p.stochastic && !starts_chunk(p, scan.reversed ? int(scan.lines) - 1 - line : line)) {
     const T* const logits = static_cast<const T*>(p.weights.data) + at;
     logit_gradients<T>(widen(logits[0]), widen(logits[p.weights.k]), widen(logits[2 * p.weights.k]), j > 0,
                        j + 1 < int(scan.length), sums[0], sums[1], out);

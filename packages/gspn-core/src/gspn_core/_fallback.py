@@ -53,6 +53,8 @@ def backward(
         dweights = None if dweights is None else dweights.unsqueeze(1)
         dlam = None if dlam is None else dlam.unsqueeze(1)
     raw_weights = weights.to(state)
+    if stochastic:
+        raw_weights = reference.without_first_lines(raw_weights, names, chunk_size)
     w = reference.row_stochastic(raw_weights, directions=names) if stochastic else raw_weights
     dx_sum = torch.zeros_like(x, dtype=state)
     for d, name in enumerate(names):

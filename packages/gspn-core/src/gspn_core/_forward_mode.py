@@ -42,7 +42,8 @@ def tangent(
     assert x is not None and weights is not None
     names = [DIRECTIONS[d] for d in directions]
     if stochastic:
-        logits, weights = weights, reference.row_stochastic(weights, directions=names)
+        logits = reference.without_first_lines(weights, names, chunk_size)
+        weights = reference.row_stochastic(logits, directions=names)
         dweights = None if dweights is None else _normalisation(logits, weights, dweights)
 
     def of(t: Tensor | None, d: int) -> Tensor | None:
