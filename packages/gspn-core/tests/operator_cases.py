@@ -86,8 +86,9 @@ def check_line_scan(inputs: Sequence[Tensor | None], **options: Any) -> None:
 
 
 def check_infinities(h: int, w: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    """Infinities of x and lam, in corners and of both signs, reach the output and the gradients of x, lam and u as in the
-    reference. Those of logits are not compared: they are differences of infinities.
+    """Infinities of x and lam, in corners and of both signs, reach the output and the gradients as in the reference.
+
+    But for the gradients of logits, which are differences of infinities.
     """
     places = [(0, 0, torch.inf)], [(h // 3, w // 2, torch.inf), (h // 2, w // 3, -torch.inf)], [(h - 1, 0, -torch.inf)]
     for gate, infinities in itertools.product((0, 2), places):

@@ -1,9 +1,12 @@
 """The operators in PyTorch: schema, fake, autograd, autocast, vmap, compile, export, TorchScript, fx."""
 
 import io
+import os
 import subprocess
 import sys
+import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -363,11 +366,74 @@ def test_device_without_kernels_runs_the_reference_with_one_warning(monkeypatch)
         ours = value_and_gradients(propagate, inputs)
         h = line_scan(inputs[0], inputs[1][:, 0], direction="top_to_bottom")
     messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    assert len(messages) == 1 and "pip install --force-reinstall gspn-core" in messages[0]
+    assert len(messages) == 1 and "install gspn-core again" in messages[0]
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(h, reference.line_scan(inputs[0], inputs[1][:, 0], direction="top_to_bottom"))
     _backend._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["plain", "gradients", "module", "autocast", "vmap"])
+def test_the_warning_points_to_the_code_that_called(monkeypatch, how):
+    x, logits, _, _ = propagate_inputs(1, 4, 6, 5)
+    module = SpatialPropagation(4)
+    calls = {
+        "plain": lambda: propagate(x, logits),
+        "gradients": lambda: propagate(x.requires_grad_(), logits),
+        "module": lambda: module(x),
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16)(propagate)(x, logits),
+        "vmap": lambda: torch.vmap(propagate)(x[None], logits[None]),
+    }
+    _backend._warn_once.cache_clear()
+    monkeypatch.setattr(_backend, "extension", lambda: ImportError("no such file"))
+    with pytest.warns(RuntimeWarning, match="slow PyTorch reference") as caught:
+        calls[how]()
+    _backend._warn_once.cache_clear()
+    assert [w.filename for w in caught if w.category is RuntimeWarning] == [__file__]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_that_the_build_has_no_kernels_for(monkeypatch, supported):
+    """The reference runs, with a warning that names what was built."""
+    module = types.ModuleType("_C")
+    module.cuda_forward = None
+    module.cuda_supports = lambda device: supported
+    module.build_info = lambda: {"cuda": {"architectures": "80 90"}}
+    monkeypatch.setattr(_backend, "extension", lambda: module)
+    x = types.SimpleNamespace(is_cpu=False, is_cuda=True, get_device=lambda: 0, device=torch.device("cuda", 0))
+    _backend._warn_once.cache_clear()
+    _backend._supports_gpu.cache_clear()
+    if supported:
+        assert _backend.has_kernels(x)
+    else:
+        with pytest.warns(RuntimeWarning, match="kernels for the compute capabilities 80, 90 and none for this GPU"):
+            assert not _backend.has_kernels(x)
+    _backend._warn_once.cache_clear()
+    _backend._supports_gpu.cache_clear()
+
+
+USE = "import torch, gspn_core; gspn_core.propagate(torch.ones(1, 1, 1, 1), torch.ones(1, 4, 1, 3, 1, 1))"
+
+
+@pytest.mark.parametrize("call", [USE, "-m"], ids=["use", "info"])
+def test_an_unknown_instruction_set_is_named_with_the_choices(call):
+    command = [sys.executable, "-c", call] if call != "-m" else [sys.executable, "-m", "gspn_core", "info"]
+    environment = os.environ | {"GSPN_CPU_ISA": "nonsense"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    choices = ", ".join(_backend.extension().build_info()["supported_isas"])
+    message = f"GSPN_CPU_ISA must be one of auto, {choices} on this machine, got 'nonsense'"
+    assert message in done.stderr.splitlines()[-1]
+    if call == "-m":
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_calls_of_several_python_threads():
+    """The extension releases the GIL, and declares that it needs none."""
+    inputs = propagate_inputs(2, 4, 33, 20, groups=2, lam=1, u=4)
+    expected = value_and_gradients(propagate, inputs)
+    with ThreadPoolExecutor(8) as pool:
+        for ours in pool.map(lambda _: value_and_gradients(propagate, inputs), range(32)):
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_import_changes_nothing_and_prints_nothing(tmp_path):

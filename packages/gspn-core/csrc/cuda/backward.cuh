@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
     }
   }
 
+  if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
   A v[C::P] = {};
   int exchanges = 0;
   bool last_tile = true;  // of the chunk: no gradient flows into it

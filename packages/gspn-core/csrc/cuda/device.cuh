@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -134,13 +135,32 @@ inline void restore_device(int device) {
   if (cudaGetDevice(&now) == cudaSuccess && now != device) cudaSetDevice(device);
 }
 
+// Compiled as all kernels are, to ask what they were compiled for.
+static __global__ void probe() {}
+
+// The capability, such as 90, that the kernels of the current device were compiled for; an older one if the device has
+// compiled them from PTX. 0 if there are none for this device.
+inline int compiled_capability() {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    return 0;
+  }
+  check(error, "asking for the kernels of the device");
+  return attributes.ptxVersion;
+}
+
 inline Limits device_limits() {
-  int device = 0, major = 0, multiprocessors = 0, shared_bytes = 0;
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
   check(cudaGetDevice(&device), "asking for the device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the capability");
+  thread_local std::map<int, Limits> known;
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking for the SMs");
   check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking for memory");
-  return {major, multiprocessors, size_t(shared_bytes)};
+  return known[device] = {compiled_capability() / 10, multiprocessors, size_t(shared_bytes)};
 }
 
 // Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...) with clusters of the given size.
@@ -148,8 +168,10 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster,
             cudaStream_t stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) throw std::invalid_argument("gspn_core: the tensors need more than 2^31 - 1 thread blocks");
+  // The most that the device has, not what this launch needs: another thread may be about to launch the kernel with
+  // more.
   if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device_limits().shared_bytes)),
           "asking for shared memory");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
@@ -210,6 +232,7 @@ inline void restore_device(int) {}
 
 inline Limits emulated_limits{9, 132, 227 * 1024};  // an H100; tests set other devices
 inline Limits device_limits() { return emulated_limits; }
+inline int compiled_capability() { return emulated_limits.major >= 8 ? 10 * emulated_limits.major : 0; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster, cudaStream_t,
