@@ -95,7 +95,6 @@ __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const Wei
                                              typename C::A* tile, int m) {
   using A = typename C::A;
   constexpr int P = C::P;
-  const int lane = threadIdx.x & 31;
   const Pack<A, P> a = row_of_lane<C>(weights.a, m), c = row_of_lane<C>(weights.c, m), s = row_of_lane<C>(tile, m);
   A g[P], b[P];
   if (weights.b == nullptr) {
@@ -109,10 +108,8 @@ __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const Wei
 #pragma unroll
   for (int q = 0; q < P; ++q) g[q] = s.v[q] + v[q];
   put_row<C>(tile, m, g);
-  A from_left = __shfl_up_sync(~0u, c.v[P - 1] * g[P - 1], 1, C::kLanes);
-  A from_right = __shfl_down_sync(~0u, a.v[0] * g[0], 1, C::kLanes);
-  if (lane % C::kLanes == 0) from_left = 0;
-  if (lane % C::kLanes == C::kLanes - 1) from_right = 0;
+  const A from_left = from_lower_lane<C::kLanes>(c.v[P - 1] * g[P - 1]);
+  const A from_right = from_upper_lane<C::kLanes>(a.v[0] * g[0]);
 #pragma unroll
   for (int q = 0; q < P; ++q) {
     const A left = q > 0 ? c.v[q > 0 ? q - 1 : 0] * g[q > 0 ? q - 1 : 0] : from_left;

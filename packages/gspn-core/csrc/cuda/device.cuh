@@ -74,6 +74,36 @@ __device__ __forceinline__ double reciprocal(double x) {
   return 1.0 / x;
 }
 
+// The value of the next lane below or above, among segments of kLanes lanes of a whole warp; 0 at the end of a segment.
+// The instruction itself tells whether there is such a lane, which takes no register.
+#define GSPN_SHUFFLE(NAME, MODE, CLAMP)                                              \
+  template <int kLanes>                                                              \
+  __device__ __forceinline__ float NAME(float v) {                                   \
+    float out;                                                                       \
+    asm volatile("{\n.reg .pred p;\nshfl.sync." MODE                                 \
+                 ".b32 %0|p, %1, 1, %2, 0xffffffff;\n@!p mov.f32 %0, 0f00000000;\n}" \
+                 : "=f"(out)                                                         \
+                 : "f"(v), "n"(((32 - kLanes) << 8) | CLAMP));                       \
+    return out;                                                                      \
+  }                                                                                  \
+  template <int kLanes>                                                              \
+  __device__ __forceinline__ double NAME(double v) {                                 \
+    double out;                                                                      \
+    asm volatile(                                                                    \
+        "{\n.reg .pred p;\n.reg .b32 low, high;\nmov.b64 {low, high}, %1;\n"         \
+        "shfl.sync." MODE                                                            \
+        ".b32 low|p, low, 1, %2, 0xffffffff;\n"                                      \
+        "shfl.sync." MODE                                                            \
+        ".b32 high|p, high, 1, %2, 0xffffffff;\n"                                    \
+        "mov.b64 %0, {low, high};\n@!p mov.f64 %0, 0d0000000000000000;\n}"           \
+        : "=d"(out)                                                                  \
+        : "d"(v), "n"(((32 - kLanes) << 8) | CLAMP));                                \
+    return out;                                                                      \
+  }
+GSPN_SHUFFLE(from_lower_lane, "up", 0)
+GSPN_SHUFFLE(from_upper_lane, "down", 0x1f)
+#undef GSPN_SHUFFLE
+
 // Hides a value from the optimiser, which would otherwise compute the addresses of whole tiles before the loop over
 // tiles, and spill them.
 __device__ __forceinline__ int opaque(int v) {
@@ -216,6 +246,16 @@ A exponential(A x) {
 template <class T, class A>
 A reciprocal(A x) {
   return A(1) / x;
+}
+template <int kLanes, class A>
+A from_lower_lane(A v) {
+  const A other = __shfl_up_sync(~0u, v, 1, kLanes);
+  return threadIdx.x % kLanes == 0 ? A(0) : other;
+}
+template <int kLanes, class A>
+A from_upper_lane(A v) {
+  const A other = __shfl_down_sync(~0u, v, 1, kLanes);
+  return threadIdx.x % kLanes == kLanes - 1 ? A(0) : other;
 }
 inline int opaque(int v) { return v; }
 inline void prefetch(const void*) {}

@@ -301,28 +301,19 @@ __device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<
   using A = typename C::A;
   constexpr int P = C::P;
   const Pack<A, P> a = row_of_lane<C>(weights.a, m), c = row_of_lane<C>(weights.c, m), f = row_of_lane<C>(input, m);
-  const int lane = int(threadIdx.x) & 31;
-  A from_left = __shfl_up_sync(~0u, h[P - 1], 1, C::kLanes);
-  A from_right = __shfl_down_sync(~0u, h[0], 1, C::kLanes);
-  if (lane % C::kLanes == 0) from_left = 0;
-  if (lane % C::kLanes == C::kLanes - 1) from_right = 0;
+  const A from_left = from_lower_lane<C::kLanes>(h[P - 1]), from_right = from_upper_lane<C::kLanes>(h[0]);
   A next[P];
   if (weights.b == nullptr) {
-    A sum = 0;
+    A probe = h[0];  // a sum, which is not finite if a state is not
+#pragma unroll
+    for (int q = 1; q < P; ++q) probe += h[q];
+    const bool finite = probe - probe == A(0);
 #pragma unroll
     for (int q = 0; q < P; ++q) {
       const A left = q > 0 ? h[q > 0 ? q - 1 : 0] : from_left,
               right = q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right;
       next[q] = (h[q] + f.v[q]) + a.v[q] * (left - h[q]) + c.v[q] * (right - h[q]);
-      sum += next[q];
-    }
-    if (sum != sum) {
-#pragma unroll
-      for (int q = 0; q < P; ++q) {
-        const A left = q > 0 ? h[q > 0 ? q - 1 : 0] : from_left,
-                right = q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right;
-        if (next[q] != next[q]) next[q] = weighted_sum(a.v[q], c.v[q], left, h[q], right) + f.v[q];
-      }
+      if (!finite && next[q] != next[q]) next[q] = weighted_sum(a.v[q], c.v[q], left, h[q], right) + f.v[q];
     }
   } else {
     const Pack<A, P> b = row_of_lane<C>(weights.b, m);
