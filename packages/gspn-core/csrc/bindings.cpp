@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -31,7 +32,7 @@ using gspn::Field;
 using gspn::Params;
 using gspn::cpu::Kernels;
 
-const Kernels* selected_kernels = nullptr;
+std::atomic<const Kernels*> selected_kernels{nullptr};
 
 void select_isa(const std::string& name) {
   for (int i = 0; i < gspn::cpu::kernel_count; ++i) {
@@ -74,8 +75,10 @@ Field field(const TensorArg& tensor, const char* dimensions) {
   const std::size_t rank = std::strlen(dimensions);
   if (shape.size() != rank || strides.size() != rank) throw std::invalid_argument("a tensor has the wrong rank");
   f.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tensor->ptr(), 0));
+  bool empty = false;
   for (std::size_t i = 0; i < rank; ++i) {
     const int64_t stride = integer(PyTuple_GET_ITEM(strides.ptr(), i));
+    empty = empty || integer(PyTuple_GET_ITEM(shape.ptr(), i)) == 0;
     switch (dimensions[i]) {
       case 'n': f.n = stride; break;
       case 'd': f.d = stride; break;
@@ -88,6 +91,8 @@ Field field(const TensorArg& tensor, const char* dimensions) {
       case 'w': f.col = stride; break;
     }
   }
+  // As if it were absent: torch takes the memory of a tensor away, when parameters are sharded for example.
+  if (f.data == nullptr && !empty) throw std::invalid_argument("a tensor has no memory");
   return f;
 }
 
@@ -150,6 +155,8 @@ Params backward_params(const Call& call, const TensorArg& dy, const TensorArg& x
   p.dweights = field(dweights, has_directions ? "ndckhw" : "nckhw");
   p.dlam = field(dlam, gate);
   p.du = field(du, gate);
+  if (p.checkpoints == nullptr && (p.dweights || p.du) && gspn::checkpoint_offset(p, p.D) > 0 && !is_empty(p))
+    throw std::invalid_argument("the checkpoints have no memory");
   return p;
 }
 
@@ -159,7 +166,7 @@ void forward(const Call& call, Args... args) {
   const Params p = forward_params(call, args...);
   if (is_empty(p)) return;
   py::gil_scoped_release unlocked;
-  selected_kernels->forward(p);
+  selected_kernels.load()->forward(p);
 }
 
 template <class... Args>
@@ -167,7 +174,7 @@ void backward(const Call& call, Args... args) {
   const Params p = backward_params(call, args...);
   if (is_empty(p)) return;
   py::gil_scoped_release unlocked;
-  selected_kernels->backward(p);
+  selected_kernels.load()->backward(p);
 }
 
 #ifdef GSPN_HAVE_CUDA
@@ -226,7 +233,7 @@ py::dict build_info() {
 #endif
   info["compiled_isas"] = isas(false);
   info["supported_isas"] = isas(true);
-  info["isa"] = selected_kernels->isa;
+  info["isa"] = selected_kernels.load()->isa;
 #ifdef GSPN_HAVE_CUDA
   py::dict cuda;
   cuda["compiler"] = GSPN_CUDA_COMPILER;
@@ -242,7 +249,8 @@ py::dict build_info() {
 #define GSPN_MODULE _C
 #endif
 
-PYBIND11_MODULE(GSPN_MODULE, m) {
+// Needs no GIL: calls share nothing that changes but the two selections for tests, which are atomic.
+PYBIND11_MODULE(GSPN_MODULE, m, py::mod_gil_not_used()) {
   m.doc() = "Line-scan kernels of gspn_core; private, call gspn_core.propagate and gspn_core.line_scan.";
   select_isa("auto");
   py::class_<Call>(m, "Call").def(py::init(
@@ -257,6 +265,13 @@ PYBIND11_MODULE(GSPN_MODULE, m) {
   m.def("cuda_forward", &cuda_forward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer>);
   m.def("cuda_backward",
         &cuda_backward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer, Tensor, Tensor, Tensor, Tensor>);
+  m.def(
+      "cuda_supports",
+      [](int device) {
+        const gspn::cuda::OnDevice current(device);
+        return gspn::cuda::is_supported();
+      },
+      py::arg("device"), "Whether kernels were compiled for this device.");
 #ifdef GSPN_EMULATED_CUDA
   m.def("emulate_device", [](int major, int multiprocessors, std::size_t shared_bytes) {
     gspn::cuda::emulated_limits = {major, multiprocessors, shared_bytes};

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn_core import line_scan, propagate, reference
+from gspn_core import DIRECTIONS, line_scan, propagate, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -83,6 +83,45 @@ def check_line_scan(inputs: Sequence[Tensor | None], **options: Any) -> None:
     assert_as_accurate(
         lambda *t: line_scan(*t, **options), lambda *t: reference.line_scan(*t, **options), inputs, str(options)
     )
+
+
+def check_infinities(h: int, w: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """Infinities of x and lam, in corners and of both signs, reach the output and the gradients as in the reference.
+
+    But for the gradients of logits, which are differences of infinities.
+    """
+    places = [(0, 0, torch.inf)], [(h // 3, w // 2, torch.inf), (h // 2, w // 3, -torch.inf)], [(h - 1, 0, -torch.inf)]
+    for gate, infinities in itertools.product((0, 2), places):
+        inputs = propagate_inputs(2, 4, h, w, lam=4, u=2, dtype=dtype)
+        for row, column, value in infinities:
+            inputs[gate][..., 1, row, column] = value  # type: ignore[index]
+        ours, wanted = (
+            value_and_gradients(lambda *t, f=f: f(*t, **options), inputs) for f in (propagate, reference.propagate)
+        )
+        assert not wanted[0].isfinite().all()
+        for i in (0, 1, 3, 4):
+            torch.testing.assert_close(ours[i], wanted[i], atol=1e-4, rtol=1e-3, equal_nan=True)
+
+
+def check_without_effect(
+    function: Callable[..., Tensor], h: int = 12, w: int = 9, groups: int = 1, dtype: torch.dtype = torch.float32
+) -> None:
+    """NaN logits on first lines of chunks and for neighbours that do not exist change nothing; their gradient is 0."""
+    for direction in DIRECTIONS:
+        inputs = propagate_inputs(1, 4, h, w, d=1, groups=groups, dtype=dtype)
+        poisoned = inputs[1].clone()
+        lines = reference.to_scan_order(poisoned, direction)
+        lines[..., 0, :, 0] = lines[..., 2, :, -1] = lines[..., ::3, :] = torch.nan
+        poisoned = reference.from_scan_order(lines, direction)
+        mask = poisoned.isnan()
+
+        def scan(*t: Tensor, direction: str = direction) -> Tensor:
+            return function(*t, directions=[direction], chunk_size=3)
+
+        clean = value_and_gradients(scan, inputs)
+        for ours, wanted in zip(value_and_gradients(scan, [inputs[0], poisoned]), clean, strict=True):
+            assert torch.equal(ours, wanted)
+        assert (clean[2][mask] == 0).all() and mask.any()
 
 
 def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -56,6 +56,15 @@ LOGITS = r"logits must have shape \(N, D, G, 3, H, W\) = \(2, 4, any, 3, 5, 4\),
         ({"directions": "left_to_right"}, TypeError, "directions must be a sequence.*'left_to_right'"),
         ({"directions": ["up"]}, ValueError, "directions must be one of left_to_right,.*got 'up'"),
         ({"directions": ["left_to_right"] * 4}, ValueError, "directions must be one to four different"),
+        ({"directions": None}, TypeError, "directions must be a sequence of direction names, got None"),
+        ({"directions": {"top_to_bottom"}}, TypeError, "directions must be a sequence of direction names, got {"),
+        ({"directions": [3]}, ValueError, "directions must be one of.*got 3"),
+        ({"chunk_size": 2.0}, TypeError, "chunk_size must be None or an integer of at least 1, got 2.0"),
+        ({"chunk_size": "2"}, TypeError, "chunk_size must be None or an integer of at least 1, got '2'"),
+        ({"chunk_size": True}, TypeError, "chunk_size must be None or an integer of at least 1, got True"),
+        ({"chunk_size": -(2**70)}, ValueError, "chunk_size must be None or at least 1, got -"),
+        ({"x": torch.zeros(2, 6, 5, 4).to_sparse()}, TypeError, "x must be a strided tensor.*torch.sparse_coo"),
+        ({"lam": randn(2, 4, 3, 5, 4).to_sparse()}, TypeError, "lam must be a strided tensor.*torch.sparse_coo"),
         ({"directions": []}, ValueError, "directions must be one to four different"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be None or at least 1, got 0"),
         ({"chunk_size": -2}, ValueError, "chunk_size must be None or at least 1, got -2"),
@@ -114,6 +123,41 @@ def test_operators_called_by_number():
         torch.ops.gspn.line_scan(x, logits[:, 0], None, 4)
 
 
+X, LOGITS_OF_X, _, _ = propagate_inputs(1, 2, 40, 4, d=3)
+CHECKPOINTS = torch.zeros(1, 2, 16)
+MUST_BE = r"checkpoints must be contiguous of shape \(1, 2, 16\), torch.float32 on cpu.*got "
+
+
+@pytest.mark.parametrize(
+    "changed,error,message",
+    [
+        ({"checkpoints": CHECKPOINTS[..., 1:]}, ValueError, MUST_BE + r"\(1, 2, 15\)"),
+        ({"checkpoints": CHECKPOINTS.mT.contiguous().mT}, ValueError, MUST_BE),
+        ({"checkpoints": CHECKPOINTS.half()}, ValueError, MUST_BE + r".*torch.float16"),
+        ({"checkpoints": CHECKPOINTS.double()}, ValueError, MUST_BE + r".*torch.float64"),
+        ({"checkpoints": CHECKPOINTS.to(torch.int8)}, ValueError, MUST_BE + r".*torch.int8"),
+        ({"checkpoints": CHECKPOINTS.to("meta")}, ValueError, MUST_BE + r".*on meta"),
+        ({"checkpoints": CHECKPOINTS.to_sparse()}, TypeError, "checkpoints must be a strided tensor"),
+        ({"checkpoints": None}, TypeError, "checkpoints must be a tensor, got NoneType"),
+        ({"dy": None}, TypeError, "dy must be a tensor, got NoneType"),
+        ({"dy": X.half()}, ValueError, r"dy must have the shape, dtype and device of x.*got .* torch.float16"),
+        ({"x": None}, TypeError, "x must be a tensor, got None"),
+        ({"logits": None}, TypeError, "logits must be a tensor, got None"),
+        ({"mask": [True] * 3}, ValueError, "mask must have 4 entries, one for each tensor, got 3"),
+        ({"mask": [True] * 5}, ValueError, "mask must have 4 entries, one for each tensor, got 5"),
+    ],
+    ids=str,
+)
+def test_backward_called_directly(changed, error, message):
+    arguments = {
+        **{"dy": X, "x": X, "logits": LOGITS_OF_X, "lam": None, "u": None, "checkpoints": CHECKPOINTS[..., :16]},
+        **{"directions": [0, 2, 3], "chunk_size": None, "mask": [True, True, False, False]},
+        **changed,
+    }
+    with pytest.raises(error, match=message):
+        torch.ops.gspn.propagate_backward(*arguments.values())
+
+
 def test_gradient_of_the_wrong_shape():
     x, logits, _, _ = propagate_inputs(2, 6, 5, 4, groups=2)
     with pytest.raises(ValueError, match=r"dy must have the shape, dtype and device of x, \(2, 6, 5, 4\)"):
@@ -129,6 +173,8 @@ def test_gradient_of_the_wrong_shape():
         ({"channels": 8, "proxy_channels": -1}, "proxy_channels must be an integer of at least 1, got -1"),
         ({"channels": 8, "gate_rank": 0}, "gate_rank must be an integer of at least 1, got 0"),
         ({"channels": 8, "gate_rank": 2.5}, "gate_rank must be an integer of at least 1, got 2.5"),
+        ({"channels": True}, "channels must be an integer of at least 1, got True"),
+        ({"channels": 8, "chunk_size": True}, "chunk_size must be an integer of at least 1, got True"),
         ({"channels": 8, "chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
         ({"channels": 8, "weight_groups": 3}, "weight_groups must divide the 8 propagated channels, got 3"),
         ({"channels": 8, "proxy_channels": 2, "weight_groups": 4}, "must divide the 2 propagated channels, got 4"),

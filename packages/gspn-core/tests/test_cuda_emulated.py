@@ -8,8 +8,10 @@ from emulation import build
 from operator_cases import (
     DTYPES,
     channels_last,
+    check_infinities,
     check_line_scan,
     check_propagate,
+    check_without_effect,
     covering,
     part_of_a_wider_buffer,
     propagate_inputs,
@@ -18,7 +20,7 @@ from operator_cases import (
     value_and_gradients,
 )
 
-from gspn_core import DIRECTIONS, _backend, propagate, reference
+from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
 
 pytestmark = pytest.mark.skipif(build.missing() != "", reason=build.missing())
 
@@ -163,6 +165,7 @@ def test_only_wanted_gradients(emulated, dtype, wanted, path):
 @pytest.mark.parametrize(
     "dtype,layout,path",
     covering([torch.float32, torch.bfloat16], [channels_last, part_of_a_wider_buffer, transposed], PATHS),
+    ids=lambda value: getattr(value, "__name__", str(value)),  # mutants.py leaves out types by these names
 )
 def test_strides(emulated, dtype, layout, path):
     emulated.cuda_select_path(path)
@@ -186,6 +189,34 @@ def test_nan_and_saturation(emulated, path):
     x[..., 6, 20] = torch.nan
     y = propagate(x, logits)
     assert torch.equal(y.isnan(), reference.propagate(x, logits).isnan())
+
+
+@pytest.mark.parametrize("path,groups,size", covering(PATHS, [1, 4], [(12, 9), (8, 32), (5, 130)]), ids=str)
+def test_logits_without_effect(emulated, path, groups, size):
+    emulated.cuda_select_path(path)
+    check_without_effect(propagate, *size, groups=groups)
+
+
+@pytest.mark.parametrize(
+    "path,size,chunk_size", covering(PATHS, [(8, 8), (6, 16), (9, 32), (7, 128), (5, 140)], [None, 3]), ids=str
+)
+def test_infinities(emulated, path, size, chunk_size):
+    emulated.cuda_select_path(path)
+    check_infinities(*size, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("path,length", covering(PATHS, [8, 40, 128, 140]), ids=str)
+def test_nan_spreads_by_one_position_a_line(emulated, path, length):
+    """From anywhere, and not from one end of a lane's positions to the other."""
+    emulated.cuda_select_path(path)
+    for position in (0, 1, 3, length - 4, length - 1):
+        x, weights = randn(1, 2, 5, length), randn(1, 1, 3, 5, length)
+        x[..., 1, position] = torch.nan
+        rows, columns = torch.meshgrid(torch.arange(5), torch.arange(length), indexing="ij")
+        cone = (rows >= 1) & ((columns - position).abs() <= rows - 1)
+        y = propagate(x, weights[:, None], directions=["top_to_bottom"])
+        for result in (line_scan(x, weights, direction="top_to_bottom"), y):
+            assert torch.equal(result.isnan(), cone.expand(1, 2, -1, -1)), position
 
 
 @pytest.mark.parametrize("path", PATHS)

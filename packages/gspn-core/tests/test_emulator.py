@@ -160,10 +160,18 @@ def test_barriers(selftest, build):
     )
 
 
-def test_masks_and_maps(selftest):
-    def messages(output):
-        return re.findall(r"^(\S.*?)(?:; found by .*)?$", output, re.MULTILINE)
+def messages(output):
+    return re.findall(r"^(\S.*?)(?:; found by .*)?$", output, re.MULTILINE)
 
+
+def test_a_store_to_a_block_that_has_not_started(selftest):
+    status, output, _ = selftest("plain", "early_store")
+    assert status == 0
+    assert set(messages(output)) == {"cluster_map to a block that has not started"}
+    assert output.count(at("of the next block")) == 10  # in every schedule
+
+
+def test_masks_and_maps(selftest):
     status, output, _ = selftest("plain", "masks")
     assert status == 0
     assert messages(output) == ["a lane is not in its own mask"] * 2 + ["warp masks overlap"]

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from operator_cases import (
     DTYPES,
     channels_last,
+    check_infinities,
     check_line_scan,
     check_propagate,
+    check_without_effect,
     covering,
     part_of_a_wider_buffer,
     propagate_inputs,
@@ -184,6 +186,28 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(propagate(x, logits), propagate(x.contiguous(), logits))
 
 
+def test_memory_that_was_taken_away():
+    """An empty storage is an error: as a null pointer it would stand for an absent gate."""
+    inputs = propagate_inputs(1, 2, 40, 4, lam=1, u=2)
+    operators = torch.ops.gspn
+    checkpoints = operators.propagate(*inputs, [0, 1, 2, 3], None, True)[1]
+    arguments = [*inputs, checkpoints]
+    for i, t in enumerate(arguments):
+        taken = [t.clone() if i == j else other for j, other in enumerate(arguments)]
+        taken[i].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="memory"):
+            operators.propagate_backward(inputs[0], *taken, [0, 1, 2, 3], None, [True] * 4)
+        if i < 4:
+            with pytest.raises(ValueError, match="memory"):
+                operators.propagate(*taken[:4], [0, 1, 2, 3], None)
+
+
+@pytest.mark.parametrize("chunk_size", [2**63 - 1, 2**70])
+def test_chunks_of_any_size(chunk_size):
+    x, logits, _, _ = propagate_inputs(1, 2, 20, 5)
+    assert torch.equal(propagate(x, logits, chunk_size=chunk_size), propagate(x, logits))
+
+
 # ---- edges
 
 
@@ -194,20 +218,33 @@ def test_empty(shape):
     assert [t.shape for t in ours] == [(n, c, h, w), (n, c, h, w), (n, 4, 1, 3, h, w), (n, 4, 3, h, w), (n, 4, 1, h, w)]
 
 
-def test_weights_of_a_first_line_have_no_effect():
-    inputs = propagate_inputs(1, 2, 6, 5, d=1, groups=2)
-    poisoned = inputs[1].clone()
-    poisoned[:, :, :, :, [0, 3]] = torch.nan  # first lines of chunks of three rows
-    clean, *clean_gradients = value_and_gradients(
-        lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), inputs
-    )
-    ours, dx, dlogits = value_and_gradients(
-        lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), [inputs[0], poisoned, None, None]
-    )
-    assert torch.equal(ours, clean) and torch.equal(dx, clean_gradients[0])
-    assert (clean_gradients[1][..., [0, 3], :] == 0).all() and torch.equal(
-        dlogits[..., [1, 2, 4, 5], :], clean_gradients[1][..., [1, 2, 4, 5], :]
-    )
+@pytest.mark.parametrize(
+    "dtype,groups,isa",
+    covering([torch.float32, torch.bfloat16, torch.float64], [1, 2], ISAS),
+    indirect=["isa"],
+    ids=str,
+)
+def test_logits_without_effect(dtype, groups, isa):
+    check_without_effect(propagate, groups=groups, dtype=dtype)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_logits_without_effect_in_sums_of_several_tasks(groups):
+    """Their gradients come from sums that several tasks have made."""
+    inputs = propagate_inputs(1, 96, 6, 5, d=1, groups=groups)
+    inputs[1][..., [0, 3], :] = torch.nan
+    gradients = value_and_gradients(lambda *t: propagate(*t, directions=["top_to_bottom"], chunk_size=3), inputs)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "size,chunk_size,dtype,isa",
+    covering([(6, 9), (24, 33), (40, 1), (150, 130)], [None, 2, 5], [torch.float32, torch.float64], ISAS),
+    indirect=["isa"],
+    ids=str,
+)
+def test_infinities(size, chunk_size, dtype, isa):
+    check_infinities(*size, dtype, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 20])
@@ -260,18 +297,47 @@ def test_constant_field_stays_exactly_constant(isa):
 # ---- determinism, work that is not wanted, memory
 
 
-@pytest.mark.parametrize("groups,lam", [(1, 1), (64, 64)])
-def test_same_bits_with_one_and_two_threads(groups, lam):
-    inputs = propagate_inputs(2, 64, 40, 30, groups=groups, lam=lam, u=2)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(value_and_gradients(propagate, inputs))
-    finally:
+# N, C, H, W, G, C' of lam and u: one channel, pairs and odd ones; short lines and several tiles; channels that share
+# weights and gates within a task, in several, and in groups that do not end where parts of a sum end.
+INVARIANT = [
+    (3, 1, 5, 24, 1, 1, 1),
+    (1, 2, 4, 24, 1, 1, 2),
+    (1, 4, 1, 32, 1, 4, None),
+    (3, 3, 9, 17, 1, 3, 1),
+    (3, 5, 20, 33, 5, 1, 5),
+    (1, 2, 160, 128, 1, 1, 2),
+    (2, 64, 14, 14, 64, 64, 2),
+    (7, 90, 6, 10, 2, 3, 5),
+    (17, 90, 6, 10, 1, 3, 2),
+]
+
+
+@pytest.mark.parametrize(
+    "case,dtype,isa", [(c, d, i) for c in INVARIANT for d in DTYPES[:3] for i in ISAS], indirect=["isa"], ids=str
+)
+def test_same_bits_whatever_threads_and_batch(case, dtype, isa):
+    """With 1 to 64 threads, and for each image alone and in a batch: the output and every gradient."""
+    n, c, h, w, groups, lam, u = case
+    inputs = propagate_inputs(n, c, h, w, groups=groups, lam=lam, u=u, dtype=dtype)
+    dy = randn(n, c, h, w, dtype=dtype, seed=4)
+
+    def results(images, threads):
         torch.set_num_threads(threads)
-    for one, two, again in zip(*results, strict=True):
-        assert torch.equal(one, two) and torch.equal(two, again)
+        leaves = [None if t is None else t[images].detach().requires_grad_() for t in inputs]
+        y = propagate(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy[images])]
+
+    before = torch.get_num_threads()
+    try:
+        wanted = results(slice(None), 1)
+        for threads in (2, 3, 7, 64):
+            for ours, one in zip(results(slice(None), threads), wanted, strict=True):
+                assert torch.equal(ours, one), threads
+        for i in {0, n // 2, n - 1}:
+            for ours, whole in zip(results(slice(i, i + 1), 2), wanted, strict=True):
+                assert torch.equal(ours, whole[i : i + 1]), i
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("wanted", range(4))

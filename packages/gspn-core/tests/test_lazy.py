@@ -1,9 +1,12 @@
 """Importing the package: no torch until it is used, and the operators registered whichever is imported first."""
 
+import pkgutil
 import subprocess
 import sys
 
 import pytest
+
+import gspn_core
 
 PROGRAMS = {
     "the package alone": "import gspn_core, sys; assert 'torch' not in sys.modules; gspn_core.__version__",
@@ -30,8 +33,19 @@ def test_imports(program):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    import gspn_core
-
     with pytest.raises(AttributeError, match="module 'gspn_core' has no attribute 'propogate'"):
         gspn_core.propogate  # noqa: B018
     assert all(hasattr(gspn_core, name) for name in gspn_core.__all__)
+
+
+SUBMODULES = [
+    module.name for module in pkgutil.iter_modules(gspn_core.__path__) if module.name not in ("_C", "__main__")
+]
+
+
+@pytest.mark.parametrize("name", SUBMODULES)
+def test_any_submodule_may_be_imported_first(name):
+    """Importing torch, which many do first of all, imports the operators in the middle of it."""
+    program = f"import gspn_core.{name}, torch; torch.ops.gspn.propagate; import gspn_core.ops, gspn_core._flops"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operator_cases import DTYPES, propagate_inputs, randn, value_and_gradients
+from operator_cases import DTYPES, check_without_effect, propagate_inputs, randn, value_and_gradients
 
 from gspn_core import _fallback, reference
 from gspn_core.reference import DIRECTIONS, line_scan, propagate, row_stochastic
@@ -101,6 +101,36 @@ def test_row_stochastic_sums_to_one_and_masks_the_ends():
     assert (w >= 0).all()
     assert (w[:, 0, :, 0, 0] == 0).all() and (w[:, 0, :, 2, -1] == 0).all()  # horizontal: positions are rows
     assert (w[:, 2, :, 0, :, 0] == 0).all() and (w[:, 2, :, 2, :, -1] == 0).all()
+
+
+def test_logits_without_effect():
+    check_without_effect(propagate)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_weights_without_effect(direction):
+    """NaN weights of neighbours that do not exist, and of first lines, change nothing; their gradient is 0."""
+    x, w = randn(1, 2, 6, 5), randn(1, 1, 3, 6, 5)
+    lines = reference.to_scan_order(w.clone(), direction)
+    lines[..., 0, :, 0] = lines[..., 2, :, -1] = lines[..., ::3, :] = torch.nan
+    poisoned = reference.from_scan_order(lines, direction)
+
+    def scan(*t):
+        return line_scan(*t, direction=direction, chunk_size=3)
+
+    clean = value_and_gradients(scan, [x, w])
+    for ours, wanted in zip(value_and_gradients(scan, [x, poisoned]), clean, strict=True):
+        assert torch.equal(ours, wanted)
+    assert (clean[2][poisoned.isnan()] == 0).all()
+
+
+def test_the_fallback_takes_logits_without_effect_too():
+    inputs = propagate_inputs(1, 4, 6, 5, d=1, groups=2)
+    inputs[1][..., [0, 3], :] = torch.nan
+    gradients = [torch.empty_like(t) for t in inputs[:2]]
+    _fallback.backward([*gradients, None, None], randn(1, 4, 6, 5), *inputs, [2], 3)
+    assert all(g.isfinite().all() for g in gradients)
+    assert (gradients[1][..., [0, 3], :] == 0).all()
 
 
 def test_saturation_and_nan():

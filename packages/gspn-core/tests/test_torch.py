@@ -1,9 +1,12 @@
 """The operators in PyTorch: schema, fake, autograd, autocast, vmap, compile, export, TorchScript, fx."""
 
 import io
+import os
 import subprocess
 import sys
+import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,12 +93,99 @@ def test_checkpoints_have_no_gradient():
     assert y.requires_grad and not checkpoints.requires_grad and checkpoints.numel() > 0
 
 
-def test_backward_refuses_foreign_checkpoints():
-    x, logits, _, _ = propagate_inputs(1, 2, 40, 4, d=3)
-    with pytest.raises(ValueError, match=r"checkpoints must be contiguous of shape \(1, 2, 8\).*got \(1, 2, 7\)"):
-        torch.ops.gspn.propagate_backward(
-            x, x, logits, None, None, torch.zeros(1, 2, 7), [0, 1, 2], None, [True, True, False, False]
-        )
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gradients_without_channels_are_zero(groups):
+    """Weights and gates may have elements where x has none; their memory is not what was there before."""
+    inputs = leaves([randn(2, 0, 5, 4), *propagate_inputs(2, 3, 5, 4, groups=groups, lam=3, u=1)[1:]])
+    y = propagate(*inputs)
+    gradients = torch.autograd.grad(y, inputs, torch.empty_like(y))
+    gradients += torch.autograd.grad(line_scan(inputs[0], inputs[1][:, 0], direction="top_to_bottom"), inputs[1], y)
+    assert all((g == 0).all() for g in gradients)
+
+
+# ---- torch.func, and forward mode
+
+FUNCTIONS = {
+    "propagate": (propagate, reference.propagate, {"chunk_size": 2}),
+    "line_scan": (line_scan, reference.line_scan, {"direction": "right_to_left", "chunk_size": 3}),
+}
+
+
+@pytest.fixture(params=FUNCTIONS)
+def operator(request):
+    """Return an operator, its reference, and inputs: small, for the reference is slow in torch.func."""
+    ours, plain, options = FUNCTIONS[request.param]
+    inputs = propagate_inputs(1, 2, 4, 3, groups=2, lam=1, u=2, dtype=torch.float64)
+    inputs = inputs if request.param == "propagate" else [inputs[0], inputs[1][:, 0], inputs[2][:, 0]]
+    return (lambda *t: ours(*t, **options)), (lambda *t: plain(*t, **options)), inputs
+
+
+def every(f):
+    return torch.func.grad(lambda *t: f(*t).square().sum(), argnums=(0, 1, 2))
+
+
+TRANSFORMS = {
+    "grad": lambda f, *t: every(f)(*t),
+    "vjp": lambda f, *t: torch.func.vjp(f, *t)[1](t[0]),
+    "jvp": lambda f, *t: torch.func.jvp(f, t, tuple(v.cos() for v in t)),
+    "jvp of some": lambda f, *t: torch.func.jvp(lambda w: f(t[0], w, *t[2:]), (t[1],), (t[1].cos(),)),
+    "jacrev": lambda f, *t: torch.func.jacrev(f, argnums=(0, 1, 2))(*t),
+    "jacfwd": lambda f, *t: torch.func.jacfwd(f, argnums=(0, 1, 2))(*t),
+    "per sample": lambda f, *t: torch.func.vmap(every(f))(*(torch.stack([v, v + 1]) for v in t)),
+    "of vmap": lambda f, *t: every(torch.func.vmap(f))(*(torch.stack([v, v + 1]) for v in t)),
+    "grad of jvp": lambda f, *t: every(lambda *v: torch.func.jvp(f, v, t)[1])(*t),
+    "jvp of jvp": lambda f, *t: torch.func.jvp(lambda *v: torch.func.jvp(f, v, v)[1], t, t)[1],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(operator, transform):
+    ours, plain, inputs = operator
+    results = [torch.utils._pytree.tree_leaves(TRANSFORMS[transform](f, *inputs)) for f in (ours, plain)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+        assert b.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, lambda f: torch.func.jacrev(torch.func.grad(f))])
+def test_torch_func_of_a_second_derivative_is_a_clear_error(operator, transform):
+    ours, _, inputs = operator
+    with pytest.raises(RuntimeError, match=r"_backward has no derivative.*gspn_core\.reference"):
+        transform(lambda x: ours(x, *inputs[1:]).square().sum())(inputs[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_dual_numbers(operator, grad):
+    ours, plain, inputs = operator
+    tangents = tuple(t.cos() for t in inputs)
+    forward_ad = torch.autograd.forward_ad
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        y = forward_ad.unpack_dual(ours(*map(forward_ad.make_dual, leaves(inputs), tangents)))
+    expected = torch.func.jvp(plain, tuple(inputs), tangents)
+    torch.testing.assert_close((y.primal, y.tangent), expected)
+    assert y.primal.requires_grad == grad
+
+
+def test_gradcheck_of_every_mode(operator):
+    ours, _, inputs = operator
+    modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(ours, leaves(inputs), **modes)
+
+
+def test_forward_mode_in_saturation_and_on_first_lines():
+    """Logits below saturation have no effect, and nor have NaN ones on a first line or of a missing neighbour."""
+    x, logits, _, _ = propagate_inputs(1, 2, 6, 5, d=1, groups=2, dtype=torch.float64)
+    logits[..., 1, 2] = -100
+    clean = logits.clone()
+    logits[..., [0, 3], :] = logits[..., 0, :, 0] = logits[..., 2, :, -1] = torch.nan
+
+    def scan(logits):
+        return propagate(x, logits, directions=["top_to_bottom"], chunk_size=3)
+
+    ones = torch.ones_like(logits)
+    tangent = torch.func.jvp(scan, (logits,), (ones,))[1]
+    torch.testing.assert_close(tangent, torch.func.jvp(scan, (clean,), (ones,))[1])
+    assert tangent.count_nonzero() > 0
 
 
 # ---- autocast, vmap
@@ -120,6 +210,15 @@ def test_autocast_leaves_float64_alone():
         assert propagate(x, logits).dtype == torch.float64
 
 
+def test_autocast_beside_float64():
+    """float64 is not lowered, so what stands beside it is raised."""
+    x, logits, lam, _ = propagate_inputs(1, 2, 6, 5, lam=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h = propagate(x.double(), logits, lam.half()), line_scan(x, logits[:, 0].double(), direction="top_to_bottom")
+    assert torch.equal(y, propagate(x.double(), logits.double(), lam.half().double()))
+    assert h.dtype == torch.float64
+
+
 @pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (1, None, 2, 0), (None, 0, None, None)])
 def test_vmap_propagate(in_dims):
     shapes = propagate_inputs(2, 4, 5, 6, groups=2, lam=1, u=4)
@@ -130,6 +229,18 @@ def test_vmap_propagate(in_dims):
     one = [[t if dim is None else t.select(dim, i) for t, dim in zip(batched, in_dims, strict=True)] for i in range(3)]
     expected = torch.stack([propagate(*t) for t in one])
     assert torch.equal(torch.vmap(propagate, in_dims=in_dims)(*batched), expected)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("images", [0, 2])
+def test_vmap_over_nothing(batch, images):
+    """Of a batch of 0, and of calls with 0 images: shapes, and gradients of what is there."""
+    inputs = propagate_inputs(images, 2, 4, 3, lam=1)[:3]
+    stacked = leaves([t.expand(batch, *t.shape) for t in inputs])
+    y = torch.vmap(propagate)(*stacked)
+    assert y.shape == (batch, images, 2, 4, 3)
+    gradients = torch.autograd.grad(y.sum(), stacked)
+    assert [g.shape for g in gradients] == [t.shape for t in stacked]
 
 
 def test_vmap_line_scan():
@@ -255,11 +366,74 @@ def test_device_without_kernels_runs_the_reference_with_one_warning(monkeypatch)
         ours = value_and_gradients(propagate, inputs)
         h = line_scan(inputs[0], inputs[1][:, 0], direction="top_to_bottom")
     messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    assert len(messages) == 1 and "pip install --force-reinstall gspn-core" in messages[0]
+    assert len(messages) == 1 and "install gspn-core again" in messages[0]
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(h, reference.line_scan(inputs[0], inputs[1][:, 0], direction="top_to_bottom"))
     _backend._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["plain", "gradients", "module", "autocast", "vmap"])
+def test_the_warning_points_to_the_code_that_called(monkeypatch, how):
+    x, logits, _, _ = propagate_inputs(1, 4, 6, 5)
+    module = SpatialPropagation(4)
+    calls = {
+        "plain": lambda: propagate(x, logits),
+        "gradients": lambda: propagate(x.requires_grad_(), logits),
+        "module": lambda: module(x),
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16)(propagate)(x, logits),
+        "vmap": lambda: torch.vmap(propagate)(x[None], logits[None]),
+    }
+    _backend._warn_once.cache_clear()
+    monkeypatch.setattr(_backend, "extension", lambda: ImportError("no such file"))
+    with pytest.warns(RuntimeWarning, match="slow PyTorch reference") as caught:
+        calls[how]()
+    _backend._warn_once.cache_clear()
+    assert [w.filename for w in caught if w.category is RuntimeWarning] == [__file__]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_that_the_build_has_no_kernels_for(monkeypatch, supported):
+    """The reference runs, with a warning that names what was built."""
+    module = types.ModuleType("_C")
+    module.cuda_forward = None
+    module.cuda_supports = lambda device: supported
+    module.build_info = lambda: {"cuda": {"architectures": "80 90"}}
+    monkeypatch.setattr(_backend, "extension", lambda: module)
+    x = types.SimpleNamespace(is_cpu=False, is_cuda=True, get_device=lambda: 0, device=torch.device("cuda", 0))
+    _backend._warn_once.cache_clear()
+    _backend._supports_gpu.cache_clear()
+    if supported:
+        assert _backend.has_kernels(x)
+    else:
+        with pytest.warns(RuntimeWarning, match="kernels for the compute capabilities 80, 90 and none for this GPU"):
+            assert not _backend.has_kernels(x)
+    _backend._warn_once.cache_clear()
+    _backend._supports_gpu.cache_clear()
+
+
+USE = "import torch, gspn_core; gspn_core.propagate(torch.ones(1, 1, 1, 1), torch.ones(1, 4, 1, 3, 1, 1))"
+
+
+@pytest.mark.parametrize("call", [USE, "-m"], ids=["use", "info"])
+def test_an_unknown_instruction_set_is_named_with_the_choices(call):
+    command = [sys.executable, "-c", call] if call != "-m" else [sys.executable, "-m", "gspn_core", "info"]
+    environment = os.environ | {"GSPN_CPU_ISA": "nonsense"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    choices = ", ".join(_backend.extension().build_info()["supported_isas"])
+    message = f"GSPN_CPU_ISA must be one of auto, {choices} on this machine, got 'nonsense'"
+    assert message in done.stderr.splitlines()[-1]
+    if call == "-m":
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_calls_of_several_python_threads():
+    """The extension releases the GIL, and declares that it needs none."""
+    inputs = propagate_inputs(2, 4, 33, 20, groups=2, lam=1, u=4)
+    expected = value_and_gradients(propagate, inputs)
+    with ThreadPoolExecutor(8) as pool:
+        for ours in pool.map(lambda _: value_and_gradients(propagate, inputs), range(32)):
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_import_changes_nothing_and_prints_nothing(tmp_path):

@@ -173,7 +173,12 @@ def test_bad_input_is_one_line(run, training_folder, tmp_path, capsys):
         "no folder 'absent'; data must be": ["validate", *run_, "--data", "absent"],
         "no folder 'test' in": ["validate", *run_, "--data", folder, "--split", "test"],
         "digits has 10 classes, more than the 3 of the head": ["validate", *run_, "--data", "digits"],
-        f"cannot read image '{tmp_path}/absent.png': there is no such file": ["predict", *run_, "--images", str(tmp_path / "absent.png")],
+        f"cannot read image '{tmp_path}/absent.png': there is no such file": [
+            "predict",
+            *run_,
+            "--images",
+            str(tmp_path / "absent.png"),
+        ],
         "broken.png': not an image": ["predict", *run_, "--images", str(broken)],
         "unknown option 'epoch', did you mean 'epochs'?": ["train", "--config", str(config)],
         "no configuration file 'absent'; shipped are ": ["train", "--config", "absent"],

@@ -6,60 +6,105 @@
 
 namespace {
 
-// Partial sums of one field's gradient, (parts, N, D, channels, planes, H, W); zero if a part has no channel of a
-// group.
+// Partial sums of one field's gradient, (tasks of a unit, N, D, channels, planes, H, W); zero if a task has no channel
+// of a group.
 template <class A>
 struct Partial {
   Scratch<A> data;
   Field field;
-  int64_t part_stride = 0, count = 0;
+  int64_t stride = 0, tasks = 0;
 
   Partial(const Params& p, const Split& split, const Field& f, const Field& gradient, int64_t planes) {
-    if (!gradient || !split.cuts(p, f)) return;
+    if (!gradient || split.tasks == 1 || !split.cuts(p, f)) return;
     const int64_t plane = p.H * p.W, channels = f.channels;
-    part_stride = p.N * p.D * channels * planes * plane;
-    count = split.parts * part_stride;
-    data = Scratch<A>(count);
-    fill_zero(data.get(), count);
+    stride = p.N * p.D * channels * planes * plane;
+    tasks = split.tasks;
+    data = Scratch<A>(tasks * stride);
+    fill_zero(data.get(), tasks * stride);
     field = {data.get(), channels, p.D * channels * planes * plane, channels * planes * plane, planes * plane, plane,
              p.W,        1};
   }
-  Field of_part(int64_t part) const {
+  Field of_task(int64_t task) const {
     Field f = field;
-    f.data = static_cast<A*>(field.data) + part * part_stride;
+    f.data = static_cast<A*>(field.data) + task * stride;
     return f;
   }
-  // Adds all parts to the first, which then holds the whole sum.
+  // Adds all sums to the first, which then holds the whole sum.
   void reduce(const Params& p) {
-    run_tasks((part_stride + kReducedElements - 1) / kReducedElements, p.threads, [&](int64_t task) {
-      const int64_t begin = task * kReducedElements, size = min64(kReducedElements, part_stride - begin);
-      for (int64_t first = part_stride; first < count; first += part_stride)
-        scale_line<Write::kAdd, A>(data.get() + first + begin, nullptr, data.get() + begin, size);
+    run_tasks((stride + kReducedElements - 1) / kReducedElements, p.threads, [&](int64_t task) {
+      const int64_t begin = task * kReducedElements, size = min64(kReducedElements, stride - begin);
+      for (int64_t apart = 1; apart < tasks; apart *= 2)
+        for (int64_t i = 0; i + apart < tasks; i += 2 * apart)
+          scale_line<Write::kAdd, A>(data.get() + (i + apart) * stride + begin, nullptr,
+                                     data.get() + i * stride + begin, size);
     });
   }
   explicit operator bool() const { return bool(field); }
+};
+
+// Sums of a tile over the channels of a task: over those of a part, and from the part on over ever larger subtrees.
+template <class A>
+class TileSums {
+ public:
+  TileSums(bool wanted, int64_t parts, int64_t capacity) : part_(wanted ? capacity : 0) {
+    for (int64_t size = 1; wanted && size < parts; size *= 2) subtrees_[levels_++] = Scratch<A>(capacity);
+  }
+  void begin(int64_t count) {
+    count_ = count, held_ = 0;
+    fill_zero(part_.get(), count);
+  }
+  A* part() const { return part_.get(); }
+  // Ends the task's part of this index, and begins the next.
+  void end_part(int64_t index) {
+    if (levels_ == 0) return;
+    int level = 0;
+    for (; index >> level & 1; ++level) add_subtree(level);
+    std::swap(part_, subtrees_[level]);
+    held_ |= 1 << level;
+    fill_zero(part_.get(), count_);
+  }
+  // Adds everything to the last part.
+  void finish() {
+    for (int level = 0; level < levels_; ++level) add_subtree(level);
+  }
+
+ private:
+  void add_subtree(int level) {
+    if (!(held_ >> level & 1)) return;
+    held_ &= ~(1 << level);
+    scale_line<Write::kAdd, A>(part_.get(), nullptr, subtrees_[level].get(), count_);
+    std::swap(part_, subtrees_[level]);
+  }
+
+  static constexpr int kMostLevels = 4;  // of 16 parts
+  Scratch<A> part_, subtrees_[kMostLevels];
+  int levels_ = 0, held_ = 0;  // bit l of held_: subtrees_[l] holds the sum of 2^l parts
+  int64_t count_ = 0;
 };
 
 // The gradient of one gate in the current tile, summed over channels; stored when the next channel of the gate begins.
 template <class S, class A>
 class GateGradient {
  public:
-  GateGradient(const Params& p, const Field& gate, const Field& gradient, const Field& partial, int64_t capacity)
-      : p_(p), gate_(gate), gradient_(gradient), partial_(partial), sums_(gradient ? capacity : 0) {}
+  GateGradient(const Params& p, const Field& gate, const Field& gradient, const Field& partial, int64_t parts,
+               int64_t capacity)
+      : p_(p), gate_(gate), gradient_(gradient), partial_(partial), sums_(bool(gradient), parts, capacity) {}
 
   void begin(const Scan& scan, int64_t n, int64_t d, int64_t c, const Span& span) {
     if (!gradient_ || shared_channel(p_, gate_, c) == channel_) return;
     flush();
     scan_ = scan, n_ = n, d_ = d, span_ = span;
     channel_ = shared_channel(p_, gate_, c);
-    fill_zero(sums_.get(), span.lines * span.pitch);
+    sums_.begin(span.lines * span.pitch);
   }
   void add(int64_t t, const A* a, const A* b) {
-    if (gradient_) accumulate_product_line(a, b, sums_.get() + t * span_.pitch, scan_.length);
+    if (gradient_) accumulate_product_line(a, b, sums_.part() + t * span_.pitch, scan_.length);
   }
+  void end_part(int64_t index) { sums_.end_part(index); }
   void flush() {
     if (!gradient_ || channel_ < 0) return;
-    const Tile<A> tile{sums_.get(), span_.pitch};
+    sums_.finish();
+    const Tile<A> tile{sums_.part(), span_.pitch};
     if (partial_)
       store_tile<Write::kStore>(tile, span_plane(scan_plane<A>(partial_, scan_, n_, d_, channel_), span_), span_.lines,
                                 scan_.length);
@@ -73,7 +118,7 @@ class GateGradient {
   const Params& p_;
   const Field &gate_, &gradient_;
   Field partial_;
-  Scratch<A> sums_;
+  TileSums<A> sums_;
   Scan scan_{};
   Span span_{};
   int64_t n_ = 0, d_ = 0, channel_ = -1;
@@ -84,12 +129,12 @@ class GateGradient {
 template <class S, class A>
 class WeightGradient {
  public:
-  WeightGradient(const Params& p, const Field& partial, int64_t capacity)
-      : p_(p), partial_(partial), capacity_(capacity), sums_(p.dweights ? 3 * capacity : 0) {}
+  WeightGradient(const Params& p, const Field& partial, int64_t parts, int64_t capacity)
+      : p_(p), partial_(partial), capacity_(capacity), sums_(bool(p.dweights), parts, 3 * capacity) {}
 
   void begin(const Scan& scan, int64_t n, int64_t d, int64_t group, const Span& span) {
     scan_ = scan, n_ = n, d_ = d, group_ = group, span_ = span;
-    if (p_.dweights) fill_zero(sums_.get(), 3 * capacity_);
+    if (p_.dweights) sums_.begin(3 * capacity_);
   }
   // h is the state before line t of the span.
   void add(int64_t t, const A* g, const A* h) {
@@ -100,8 +145,10 @@ class WeightGradient {
       for (int64_t k = 0; k < 3; ++k) accumulate_product_line(g, h + k - 1, line(k, t), scan_.length);
     }
   }
+  void end_part(int64_t index) { sums_.end_part(index); }
   void flush(const WeightTile<S, A>& weights) {
     if (!p_.dweights) return;
+    sums_.finish();
     if (partial_) {
       store<A>(partial_);
       return;
@@ -117,11 +164,12 @@ class WeightGradient {
   }
 
  private:
-  Tile<A> tile(int64_t k) const { return {sums_.get() + k * capacity_, span_.pitch}; }
+  Tile<A> tile(int64_t k) const { return {sums_.part() + k * capacity_, span_.pitch}; }
   A* line(int64_t k, int64_t t) const { return tile(k).line(t); }
 
   void apply_jacobian(const WeightTile<S, A>& weights) {
     for (int64_t t = 0; t < span_.lines; ++t) {
+      if (starts_chunk(p_, span_.begin + t)) continue;  // zero, whatever the logits
       const Weights<A> w = weights.line(t);
       logit_gradients_line(weights.raw(0, t), weights.raw(1, t), weights.raw(2, t), w.a, w.c, line(0, t), line(1, t),
                            line(2, t), scan_.length);
@@ -137,14 +185,14 @@ class WeightGradient {
   const Params& p_;
   Field partial_;
   int64_t capacity_;
-  Scratch<A> sums_;
+  TileSums<A> sums_;
   Scan scan_{};
   Span span_{};
   int64_t n_ = 0, d_ = 0, group_ = 0;
 };
 
 template <class S, class A = Accumulator<S>>
-void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Field& weights_partial,
+void backward_task(const Params& p, const Split& split, int64_t n, int64_t c0, int64_t c1, const Field& weights_partial,
                    const Field& lam_partial, const Field& u_partial) {
   const int64_t length = max_length(p), pitch = tile_pitch(length), most = most_tile_lines(p);
   const int64_t capacity = most * pitch;
@@ -153,8 +201,10 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
 
   WeightTile<S, A> weights(p, capacity);
   GateTile<S, A> lam(p, p.lam, capacity), u(p, p.u, capacity);
-  GateGradient<S, A> dlam(p, p.lam, p.dlam, lam_partial, capacity), du(p, p.u, p.du, u_partial, capacity);
-  WeightGradient<S, A> dweights(p, weights_partial, capacity);
+  const auto parts = [&](const Field& f) { return split.cuts(p, f) ? split.per_task : 1; };
+  GateGradient<S, A> dlam(p, p.lam, p.dlam, lam_partial, parts(p.lam), capacity);
+  GateGradient<S, A> du(p, p.u, p.du, u_partial, parts(p.u), capacity);
+  WeightGradient<S, A> dweights(p, weights_partial, parts(p.weights), capacity);
   SummedPlanes<S, A> dx(p, p.dx, n, c0, channels);
   Scratch<A> x_scratch(capacity), dy_scratch(capacity), dx_scratch(capacity);
   Scratch<A> adjoints(capacity);                          // g of every line of the tile
@@ -187,6 +237,12 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
         const Tile<const A> dy = fetch<S, A>(dy_plane, span, scan.length, dy_scratch.get());
         lam.load(scan, n, d, c, span);
         u.load(scan, n, d, c, span);
+        if (c > c0 && (c - c0) % split.part == 0) {
+          const int64_t ended = (c - c0) / split.part - 1;
+          dweights.end_part(ended);
+          dlam.end_part(ended);
+          du.end_part(ended);
+        }
         dlam.begin(scan, n, d, c, span);
         du.begin(scan, n, d, c, span);
         if (need_states) {
@@ -194,9 +250,18 @@ void backward_task(const Params& p, int64_t n, int64_t c0, int64_t c1, const Fie
             load_line(static_cast<const A*>(p.checkpoints) + (n * p.C + c) * total + gspn::checkpoint_offset(p, d) +
                           checkpoint * scan.length,
                       h_line(-1), scan.length);
-          for (int64_t t = 0; t < lines; ++t)
-            step<1>(p, i0 + t, Lines<1, A>{{h_line(t - 1)}, {x.line(t)}, {lam.line(t)}, {h_line(t)}}, weights.line(t),
-                    scan.length);
+          FiniteCheck<A> check;
+          const auto scan_tile = [&](bool infinities) {
+            for (int64_t t = 0; t < lines; ++t) {
+              const bool starts = starts_chunk(p, i0 + t);
+              if (starts && needs_finite(p)) check.add(h_line(t - 1), scan.length);
+              step<1>(starts, Lines<1, A>{{h_line(t - 1)}, {x.line(t)}, {lam.line(t)}, {h_line(t)}}, weights.line(t),
+                      scan.length, infinities);
+            }
+            if (needs_finite(p)) check.add(h_line(lines - 1), scan.length);
+          };
+          scan_tile(false);
+          if (!check.finite()) scan_tile(true);
         }
         LinePrefetcher prefetcher(scan, -most_lines, sizeof(S));
         if (descends(p, scan, false, sizeof(S))) {
@@ -244,7 +309,7 @@ void finish_weights(const Params& p, const Field& sums) {
     const Scan scan = gspn::make_scan(p, int(d));
     const int64_t pitch = tile_pitch(scan.length), most_lines = tile_lines(p, scan), capacity = most_lines * pitch;
     WeightTile<S, A> weights(p, capacity);
-    WeightGradient<S, A> dweights(p, Field{}, capacity);
+    WeightGradient<S, A> dweights(p, Field{}, 1, capacity);
     for (int64_t i0 = 0; i0 < scan.lines; i0 += most_lines) {
       const Span span = make_span(p, scan, i0, most_lines, pitch, sizeof(S));
       weights.load(scan, n, d, group, span);
@@ -271,11 +336,11 @@ void backward_all(const Params& p) {
   const Split split(p);
   Partial<A> weights(p, split, p.weights, p.dweights, 3), lam(p, split, p.lam, p.dlam, 1), u(p, split, p.u, p.du, 1);
   const int64_t units = p.C / split.unit;
-  run_tasks(p.N * units * split.parts, p.threads, [&](int64_t task) {
-    const int64_t part = task % split.parts, unit = task / split.parts % units, n = task / (split.parts * units);
-    const int64_t c0 = unit * split.unit + part * split.part;
-    backward_task<S>(p, n, c0, min64(c0 + split.part, (unit + 1) * split.unit), weights.of_part(part),
-                     lam.of_part(part), u.of_part(part));
+  run_tasks(p.N * units * split.tasks, p.threads, [&](int64_t task) {
+    const int64_t of_unit = task % split.tasks, unit = task / split.tasks % units, n = task / (split.tasks * units);
+    const int64_t channels = split.per_task * split.part, c0 = unit * split.unit + of_unit * channels;
+    backward_task<S>(p, split, n, c0, min64(c0 + channels, (unit + 1) * split.unit), weights.of_task(of_unit),
+                     lam.of_task(of_unit), u.of_task(of_unit));
   });
   if (weights) {
     weights.reduce(p);

@@ -25,6 +25,19 @@ class ForwardTask {
         y_(p, p.y, n, c0, c1 - c0) {}
 
   void run() {
+    scan();
+    if (!check_.finite()) {  // again, and all of it: the sums over directions hold NaN already
+      infinities_ = true;
+      scan();
+    }
+    y_.finish();
+  }
+
+ private:
+  // Channels that are scanned together, so that each weight is loaded once for them.
+  static constexpr int kTogether = 2;
+
+  void scan() {
     for (int d = 0; d < p_.D; ++d) {
       const Scan scan = gspn::make_scan(p_, d);
       const int64_t most_lines = tile_lines(p_, scan);
@@ -39,12 +52,7 @@ class ForwardTask {
         }
       }
     }
-    y_.finish();
   }
-
- private:
-  // Channels that are scanned together, so that each weight is loaded once for them.
-  static constexpr int kTogether = 2;
 
   // Scans the span's lines of K channels from c on.
   template <int K>
@@ -71,16 +79,19 @@ class ForwardTask {
         lines.lam[k] = lam[k]->line(t);
         lines.next[k] = direct ? y[k].line(t) : state(c + k, i);
       }
+      const bool starts = starts_chunk(p_, i);
+      for (int k = 0; k < K && starts && needs_finite(p_); ++k) check_.add(lines.h[k], scan.length);
       if (prefetcher.select(i))
-        step(p_, i, lines, weights_.line(t), scan.length, prefetcher);
+        step(starts, lines, weights_.line(t), scan.length, infinities_, prefetcher);
       else
-        step(p_, i, lines, weights_.line(t), scan.length);
+        step(starts, lines, weights_.line(t), scan.length, infinities_);
       for (int k = 0; k < K; ++k) {
         if (!direct) y[k].add(t, lines.next[k], u[k]->line(t), scan.length);
         save_checkpoint(scan, d, c + k, i, lines.next[k]);
       }
     }
     for (int k = 0; k < K; ++k) {
+      if (needs_finite(p_) && span.begin + span.lines == scan.lines) check_.add(lines.next[k], scan.length);
       if (direct) load_line(lines.next[k], state(c + k, span.begin + span.lines - 1), scan.length);
       y[k].finish(span.lines, scan.length);
     }
@@ -153,6 +164,8 @@ class ForwardTask {
   GateTile<S, A> lam_[kTogether], u_[kTogether];
   Scratch<A> tiles_, state_;
   SummedPlanes<S, A> y_;
+  FiniteCheck<A> check_;
+  bool infinities_ = false;
 };
 
 template <class S>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "plan.hpp"
 #include "simd.hpp"
@@ -17,40 +18,36 @@ template <>
 struct ExpConstants<float> {
   using Int = int32_t;
   static constexpr float kMagic = 0x1.8p23f, kLog2E = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f,
-                         kLowest = -87.0f;
+                         kHighest = 87.0f;
   static constexpr int kTerms = 7, kMantissa = 23, kBias = 127;
 };
 template <>
 struct ExpConstants<double> {
   using Int = int64_t;
   static constexpr double kMagic = 0x1.8p52, kLog2E = 0x1.71547652b82fep0, kLn2High = 0x1.62e42fefa38p-1,
-                          kLn2Low = 0x1.ef35793c7673p-45, kLowest = -700.0;
+                          kLn2Low = 0x1.ef35793c7673p-45, kHighest = 700.0;
   static constexpr int kTerms = 13, kMantissa = 52, kBias = 1023;
 };
 
-// exp(x) for x <= 80, within about one unit in the last place; below kLowest it stays at exp(kLowest); NaN stays.
-// 2^k times the Taylor polynomial of the remainder |r| <= ln(2)/2, Horner form.
-template <class A>
-GSPN_INLINE A exponential(A x) {
-  using K = ExpConstants<A>;
-  using Int = typename K::Int;
-  x = x < K::kLowest ? K::kLowest : x;
-  const A shifted = x * K::kLog2E + K::kMagic;
-  const A k = shifted - K::kMagic;
-  const A r = (x - k * K::kLn2High) - k * K::kLn2Low;
-  A p = 1;
-#pragma GCC unroll 16
-  for (int term = K::kTerms; term >= 1; --term) p = p * r * (A(1) / A(term)) + A(1);
-  const Int exponent = bit_cast<Int>(shifted) - bit_cast<Int>(A(K::kMagic));
-  const Int scale = Int(uint64_t(exponent + K::kBias) << K::kMantissa);
-  return p * bit_cast<A>(scale);
-}
-
 constexpr int kSaturation = -28;  // logits below are clamped: a product of three factors 1 + exp(28) fits a float
 
+// exp(-x) + offset for x clamped to at least kSaturation and at most kHighest, within about one unit in the last place;
+// NaN stays. 2^k times the Taylor polynomial of the remainder s = x + k ln(2), |s| <= ln(2)/2, in Horner form.
 template <class A>
-GSPN_INLINE A exp_negative(A logit) {
-  return exponential<A>(-(logit < A(kSaturation) ? A(kSaturation) : logit));
+GSPN_INLINE A exp_negative(A x, A offset) {
+  using K = ExpConstants<A>;
+  using Int = typename K::Int;
+  x = x < A(kSaturation) ? A(kSaturation) : x;
+  x = x > K::kHighest ? K::kHighest : x;
+  const A shifted = multiply_add(x, -K::kLog2E, K::kMagic);
+  const A k = shifted - K::kMagic;
+  const A s = multiply_add(k, K::kLn2Low, multiply_add(k, K::kLn2High, x));
+  A p = 1;
+#pragma GCC unroll 16
+  for (int term = K::kTerms; term >= 1; --term) p = multiply_add(p * s, A(-1) / A(term), A(1));
+  const Int exponent = bit_cast<Int>(shifted) - bit_cast<Int>(A(K::kMagic));
+  const Int scale = Int(uint64_t(exponent + K::kBias) << K::kMantissa);
+  return multiply_add(p, bit_cast<A>(scale), offset);
 }
 
 // The stability-context condition, with e_k = exp(-l_k) and sigma_k = 1 / (1 + e_k):
@@ -58,10 +55,10 @@ GSPN_INLINE A exp_negative(A logit) {
 // with one division instead of four. A missing neighbour has no term; b = 1 - a - c is not stored.
 template <class A>
 GSPN_INLINE void normalise(A la, A lb, A lc, bool has_left, bool has_right, A& a, A& c) {
-  const A ea = has_left ? A(1) + exp_negative(la) : A(1), eb = A(1) + exp_negative(lb),
-          ec = has_right ? A(1) + exp_negative(lc) : A(1);
-  const A na = has_left ? eb * ec : A(0), nb = ea * ec, nc = has_right ? ea * eb : A(0);
-  const A inverse = A(1) / (na + nb + nc);
+  const A ea = has_left ? exp_negative(la, A(1)) : A(1), eb = exp_negative(lb, A(1)),
+          ec = has_right ? exp_negative(lc, A(1)) : A(1);
+  const A na = has_left ? eb * ec : A(0), nc = has_right ? ea * eb : A(0);
+  const A inverse = A(1) / (multiply_add(ea, ec, na) + nc);
   a = na * inverse;
   c = nc * inverse;
 }
@@ -89,15 +86,13 @@ struct NoPrefetch {
 };
 
 // h'[j] = sum_k w_k[j] h[j+k] + lam[j] x[j]. Row-stochastic weights use the difference form,
-// h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Every sum has one
-// product that can be fused into it: with two, the compiler could choose differently in each copy of this code, which
-// would then round differently. Unconstrained weights start with the right neighbour, which bands.hpp needs no shuffle
-// for.
+// h' = (h + lam x) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Unconstrained
+// weights start with the right neighbour, which bands.hpp needs no shuffle for.
 template <bool kLam, bool kUnconstrained, class V>
 GSPN_INLINE V updated(V a, V b, V c, V left, V h, V right, V x, V lam) {
-  if (!kUnconstrained) return (kLam ? h + lam * x : h + x) + a * (left - h) + c * (right - h);
-  const V zero{};
-  return (kLam ? zero + lam * x : x) + c * right + b * h + a * left;
+  if (!kUnconstrained)
+    return multiply_add(c, right - h, multiply_add(a, left - h, kLam ? multiply_add(lam, x, h) : h + x));
+  return multiply_add(a, left, multiply_add(b, h, multiply_add(c, right, kLam ? lam * x : x)));
 }
 
 // The weights of eight positions, which all channels of a group share. Unconstrained weights may be anything, NaN too,
@@ -156,7 +151,7 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
   };
   // If eight does not divide the length, the last eight positions overlap the ones before, and are computed first.
   const bool overlap = length % kLanes != 0;
-  Lanes<A> end[K];
+  Lanes<A> end[K] = {};
   if (overlap) {
     const LaneWeights<kUnconstrained, A> weights(w, last, false, true);
     for (int k = 0; k < K; ++k) {
@@ -186,6 +181,46 @@ void update_lines(const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
   }
 }
 
+// Tells whether all values of some lines were finite: sums of their products with zero.
+template <class A>
+struct FiniteCheck {
+  Lanes<A> zeros{};
+
+  GSPN_INLINE void add(const A* h, int64_t length) {
+    int64_t j = 0;
+    for (; j + kLanes <= length; j += kLanes) zeros += load8(h + j) * A(0);
+    if (j == length) return;
+    if (length >= kLanes) {
+      zeros += load8(h + length - kLanes) * A(0);
+    } else {
+      for (; j < length; ++j) zeros[j] += h[j] * A(0);
+    }
+  }
+  bool finite() const {
+    A sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += zeros[i];
+    return sum == A(0);
+  }
+};
+
+// The same as update_lines for row-stochastic weights, with infinities. The difference form gives NaN beside them,
+// since inf - inf is NaN: there the weighted sum decides, whose weights are positive where there is a neighbour.
+template <class A>
+void update_line_with_infinities(const A* h, const A* x, const A* lam, A* next, const Weights<A>& w, int64_t length) {
+  const auto weighted = [](A weight, A value) { return weight == A(0) ? A(0) : weight * value; };
+  for (int64_t j = 0; j < length; ++j) {
+    const A left = j > 0 ? h[j - 1] : A(0), right = j + 1 < length ? h[j + 1] : A(0), a = w.a[j], c = w.c[j];
+    const A input = lam != nullptr ? lam[j] * x[j] : x[j],
+            sum = lam != nullptr ? multiply_add(lam[j], x[j], h[j]) : h[j] + x[j];
+    A value = multiply_add(c, right - h[j], multiply_add(a, left - h[j], sum));
+    if (value != value) {
+      const A b = (A(1) - a) - c;  // may be rounded to 0 or below
+      value = weighted(c, right) + (b <= A(0) ? std::numeric_limits<A>::min() : b) * h[j] + weighted(a, left) + input;
+    }
+    next[j] = value;
+  }
+}
+
 // The first line of a chunk: h' = lam x, whatever the weights.
 template <int K, bool kLam, class A>
 void start_lines(const Lines<K, A>& lines, int64_t length) {
@@ -202,8 +237,7 @@ template <Write kWrite, class A>
 void scale_line(const A* __restrict value, const A* __restrict factor, A* __restrict out, int64_t length) {
   if (factor != nullptr) {
     for (int64_t j = 0; j < length; ++j) {
-      const A product = factor[j] * value[j];
-      out[j] = kWrite == Write::kAdd ? out[j] + product : product;
+      out[j] = kWrite == Write::kAdd ? multiply_add(factor[j], value[j], out[j]) : factor[j] * value[j];
     }
   } else {
     for (int64_t j = 0; j < length; ++j) out[j] = kWrite == Write::kAdd ? out[j] + value[j] : value[j];
@@ -217,7 +251,7 @@ template <class A>
 void adjoint_line(const A* __restrict dy, const A* __restrict u, const A* __restrict v, A* __restrict g,
                   int64_t length) {
   if (u != nullptr) {
-    for (int64_t j = 0; j < length; ++j) g[j] = u[j] * dy[j] + v[j];
+    for (int64_t j = 0; j < length; ++j) g[j] = multiply_add(u[j], dy[j], v[j]);
   } else {
     for (int64_t j = 0; j < length; ++j) g[j] = dy[j] + v[j];
   }
@@ -230,7 +264,8 @@ void propagate_adjoint_line(const A* g, const Weights<A>& w, A* v, int64_t lengt
   if (length < kLanes) {
     for (int64_t j = 0; j < length; ++j) {
       const A own = kUnconstrained ? w.b[j] : (A(1) - w.a[j]) - w.c[j];
-      v[j] = own * g[j] + (j < length - 1 ? w.a[j + 1] * g[j + 1] : A(0)) + (j > 0 ? w.c[j - 1] * g[j - 1] : A(0));
+      const A left = j > 0 ? w.c[j - 1] * g[j - 1] : A(0), right = j < length - 1 ? w.a[j + 1] * g[j + 1] : A(0);
+      v[j] = own * g[j] + right + left;
     }
     return;
   }
@@ -267,7 +302,7 @@ void propagate_adjoint_line(const A* g, const Weights<A>& w, A* v, int64_t lengt
 // sum += a b
 template <class A>
 void accumulate_product_line(const A* __restrict a, const A* __restrict b, A* __restrict sum, int64_t length) {
-  for (int64_t j = 0; j < length; ++j) sum[j] += a[j] * b[j];
+  for (int64_t j = 0; j < length; ++j) sum[j] = multiply_add(a[j], b[j], sum[j]);
 }
 
 // p += g (h[j-1] - h[j]), q += g (h[j+1] - h[j]). Reads h one position before and one after the line; what these add is
@@ -276,8 +311,8 @@ template <class A>
 void accumulate_differences_line(const A* __restrict g, const A* __restrict h, A* __restrict p, A* __restrict q,
                                  int64_t length) {
   for (int64_t j = 0; j < length; ++j) {
-    p[j] += g[j] * (h[j - 1] - h[j]);
-    q[j] += g[j] * (h[j + 1] - h[j]);
+    p[j] = multiply_add(g[j], h[j - 1] - h[j], p[j]);
+    q[j] = multiply_add(g[j], h[j + 1] - h[j], q[j]);
   }
 }
 
@@ -287,11 +322,11 @@ template <class A>
 void logit_gradients_line(const A* __restrict la, const A* __restrict lb, const A* __restrict lc, const A* __restrict a,
                           const A* __restrict c, A* __restrict p, A* __restrict db, A* __restrict q, int64_t length) {
   const auto slope = [](A logit) __attribute__((always_inline)) {  // 1 - sigma, and 0 where the logit is saturated
-    const A e = exp_negative(logit);
+    const A e = exp_negative(logit, A(0));
     return logit < A(kSaturation) ? A(0) : e / (A(1) + e);
   };
   for (int64_t j = 0; j < length; ++j) {
-    const A t = a[j] * p[j] + c[j] * q[j];
+    const A t = multiply_add(a[j], p[j], c[j] * q[j]);
     p[j] = a[j] * slope(la[j]) * (p[j] - t);
     db[j] = -((A(1) - a[j]) - c[j]) * slope(lb[j]) * t;
     q[j] = c[j] * slope(lc[j]) * (q[j] - t);

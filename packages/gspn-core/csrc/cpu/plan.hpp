@@ -125,13 +125,15 @@ inline int64_t forward_block(const Params& p, int64_t element_size) {
 }
 
 // How the channels of an image are split into tasks of the backward pass. Weights and gates shared by several channels
-// collect sums over them, so a task owns whole sharing groups if the batch alone gives enough tasks. Otherwise groups
-// are cut into parts, whose partial sums are added in order afterwards. The split depends on the shape alone, so
-// results are the same for any number of threads.
+// collect sums over them. These are added up by parts, and the sums of the parts in the order of a balanced binary
+// tree, so that an image gives the same bits in every batch and with every number of threads. A task owns a subtree of
+// the parts, all of them if the batch alone gives enough tasks; the sums of tasks are added afterwards.
 struct Split {
-  int64_t unit;   // channels after which all sharing groups end
-  int64_t part;   // channels of a task
-  int64_t parts;  // tasks per unit
+  int64_t unit;      // channels after which all sharing groups end
+  int64_t part;      // channels whose sums are added up first; depends on an image's shape alone
+  int64_t parts;     // of a unit
+  int64_t per_task;  // parts of a task, a power of two
+  int64_t tasks;     // of a unit
 
   static int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
@@ -143,10 +145,14 @@ struct Split {
       const int64_t sharing = p.C / f->channels;
       unit = unit / gcd(unit, sharing) * sharing;
     }
-    const int64_t units = p.N * (p.C / unit);
+    const int64_t units = p.C / unit;
     const int64_t wanted = units >= kEnoughTasks ? 1 : (kEnoughTasks + units - 1) / units;
     part = min64(unit, max64((unit + wanted - 1) / wanted, kSmallestPart));
     parts = (unit + part - 1) / part;
+    for (per_task = 1; per_task < parts; per_task *= 2) {
+      if ((parts + per_task - 1) / per_task * p.N * units < 2 * kEnoughTasks) break;
+    }
+    tasks = (parts + per_task - 1) / per_task;
   }
 
   // Whether channels that share one channel of f can fall into different parts.

@@ -221,13 +221,20 @@ void run_tasks(int64_t tasks, int threads, Task task) {
 
 inline bool starts_chunk(const Params& p, int64_t i) { return i == 0 || (p.chunk > 0 && i % p.chunk == 0); }
 
+// Whether infinities in the state need update_line_with_infinities. The difference form never makes a state finite
+// again, so that the last line of a chunk tells.
+inline bool needs_finite(const Params& p) { return p.stochastic && p.chunk != 1; }
+
 // One step of the recurrence for K channels, which all have a gate lam, or none.
 template <int K, class A, class Prefetch = NoPrefetch>
-inline void step(const Params& p, int64_t i, const Lines<K, A>& lines, const Weights<A>& w, int64_t length,
+inline void step(bool starts_chunk, const Lines<K, A>& lines, const Weights<A>& w, int64_t length, bool infinities,
                  const Prefetch& prefetch = {}) {
   const bool lam = lines.lam[0] != nullptr;
-  if (starts_chunk(p, i)) {
+  if (starts_chunk) {
     lam ? start_lines<K, true>(lines, length) : start_lines<K, false>(lines, length);
+  } else if (infinities) {
+    for (int k = 0; k < K; ++k)
+      update_line_with_infinities(lines.h[k], lines.x[k], lines.lam[k], lines.next[k], w, length);
   } else if (w.b == nullptr) {
     lam ? update_lines<K, true, false>(lines, w, length, prefetch)
         : update_lines<K, false, false>(lines, w, length, prefetch);

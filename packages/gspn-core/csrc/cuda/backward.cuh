@@ -95,7 +95,6 @@ __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const Wei
                                              typename C::A* tile, int m) {
   using A = typename C::A;
   constexpr int P = C::P;
-  const int lane = threadIdx.x & 31;
   const Pack<A, P> a = row_of_lane<C>(weights.a, m), c = row_of_lane<C>(weights.c, m), s = row_of_lane<C>(tile, m);
   A g[P], b[P];
   if (weights.b == nullptr) {
@@ -109,10 +108,8 @@ __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const Wei
 #pragma unroll
   for (int q = 0; q < P; ++q) g[q] = s.v[q] + v[q];
   put_row<C>(tile, m, g);
-  A from_left = __shfl_up_sync(~0u, c.v[P - 1] * g[P - 1], 1, C::kLanes);
-  A from_right = __shfl_down_sync(~0u, a.v[0] * g[0], 1, C::kLanes);
-  if (lane % C::kLanes == 0) from_left = 0;
-  if (lane % C::kLanes == C::kLanes - 1) from_right = 0;
+  const A from_left = from_lower_lane<C::kLanes>(c.v[P - 1] * g[P - 1]);
+  const A from_right = from_upper_lane<C::kLanes>(a.v[0] * g[0]);
 #pragma unroll
   for (int q = 0; q < P; ++q) {
     const A left = q > 0 ? c.v[q > 0 ? q - 1 : 0] * g[q > 0 ? q - 1 : 0] : from_left;
@@ -192,6 +189,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
     }
   }
 
+  if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
   A v[C::P] = {};
   int exchanges = 0;
   bool last_tile = true;  // of the chunk: no gradient flows into it
@@ -289,7 +287,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
               if (k < summed_planes) *weight_sums[k].at(at.col, i, j) = sums[k];
           } else {
             A out[3] = {sums[0], sums[1], sums[2]};
-            if (p.stochastic)
+            if (p.stochastic && !starts_chunk(p, i))  // on the first line zero, whatever the logits
               logit_gradients<T>(
                   widen(*weight_loader.planes[0].at(at.col, i, j)), widen(*weight_loader.planes[1].at(at.col, i, j)),
                   widen(*weight_loader.planes[2].at(at.col, i, j)), has_left, has_right, sums[0], sums[1], out);
@@ -322,9 +320,9 @@ __global__ void __launch_bounds__(kFinishThreads)
       sums[k] += partials[(((part * p.N + n) * groups + g) * planes + k) * plane + pixel];
   const int64_t at = n * p.weights.n + d * p.weights.d + g * p.weights.c + row * p.weights.row + col * p.weights.col;
   A out[3] = {sums[0], sums[1], sums[2]};
-  if (p.stochastic) {
-    const Scan scan = make_scan(p, d);
-    const int j = scan.horizontal ? row : col;
+  const Scan scan = make_scan(p, d);
+  const int j = scan.horizontal ? row : col, line = scan.horizontal ? col : row;
+  if (p.stochastic && !starts_chunk(p, scan.reversed ? int(scan.lines) - 1 - line : line)) {
     const T* const logits = static_cast<const T*>(p.weights.data) + at;
     logit_gradients<T>(widen(logits[0]), widen(logits[p.weights.k]), widen(logits[2 * p.weights.k]), j > 0,
                        j + 1 < int(scan.length), sums[0], sums[1], out);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -73,6 +74,36 @@ __device__ __forceinline__ double reciprocal(double x) {
   return 1.0 / x;
 }
 
+// The value of the next lane below or above, among segments of kLanes lanes of a whole warp; 0 at the end of a segment.
+// The instruction itself tells whether there is such a lane, which takes no register.
+#define GSPN_SHUFFLE(NAME, MODE, CLAMP)                                              \
+  template <int kLanes>                                                              \
+  __device__ __forceinline__ float NAME(float v) {                                   \
+    float out;                                                                       \
+    asm volatile("{\n.reg .pred p;\nshfl.sync." MODE                                 \
+                 ".b32 %0|p, %1, 1, %2, 0xffffffff;\n@!p mov.f32 %0, 0f00000000;\n}" \
+                 : "=f"(out)                                                         \
+                 : "f"(v), "n"(((32 - kLanes) << 8) | CLAMP));                       \
+    return out;                                                                      \
+  }                                                                                  \
+  template <int kLanes>                                                              \
+  __device__ __forceinline__ double NAME(double v) {                                 \
+    double out;                                                                      \
+    asm volatile(                                                                    \
+        "{\n.reg .pred p;\n.reg .b32 low, high;\nmov.b64 {low, high}, %1;\n"         \
+        "shfl.sync." MODE                                                            \
+        ".b32 low|p, low, 1, %2, 0xffffffff;\n"                                      \
+        "shfl.sync." MODE                                                            \
+        ".b32 high|p, high, 1, %2, 0xffffffff;\n"                                    \
+        "mov.b64 %0, {low, high};\n@!p mov.f64 %0, 0d0000000000000000;\n}"           \
+        : "=d"(out)                                                                  \
+        : "d"(v), "n"(((32 - kLanes) << 8) | CLAMP));                                \
+    return out;                                                                      \
+  }
+GSPN_SHUFFLE(from_lower_lane, "up", 0)
+GSPN_SHUFFLE(from_upper_lane, "down", 0x1f)
+#undef GSPN_SHUFFLE
+
 // Hides a value from the optimiser, which would otherwise compute the addresses of whole tiles before the loop over
 // tiles, and spill them.
 __device__ __forceinline__ int opaque(int v) {
@@ -134,13 +165,32 @@ inline void restore_device(int device) {
   if (cudaGetDevice(&now) == cudaSuccess && now != device) cudaSetDevice(device);
 }
 
+// Compiled as all kernels are, to ask what they were compiled for.
+static __global__ void probe() {}
+
+// The capability, such as 90, that the kernels of the current device were compiled for; an older one if the device has
+// compiled them from PTX. 0 if there are none for this device.
+inline int compiled_capability() {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    return 0;
+  }
+  check(error, "asking for the kernels of the device");
+  return attributes.ptxVersion;
+}
+
 inline Limits device_limits() {
-  int device = 0, major = 0, multiprocessors = 0, shared_bytes = 0;
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
   check(cudaGetDevice(&device), "asking for the device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the capability");
+  thread_local std::map<int, Limits> known;
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking for the SMs");
   check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking for memory");
-  return {major, multiprocessors, size_t(shared_bytes)};
+  return known[device] = {compiled_capability() / 10, multiprocessors, size_t(shared_bytes)};
 }
 
 // Runs kernel<<<blocks, threads, shared_bytes, stream>>>(args...) with clusters of the given size.
@@ -148,8 +198,10 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster,
             cudaStream_t stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) throw std::invalid_argument("gspn_core: the tensors need more than 2^31 - 1 thread blocks");
+  // The most that the device has, not what this launch needs: another thread may be about to launch the kernel with
+  // more.
   if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device_limits().shared_bytes)),
           "asking for shared memory");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
@@ -195,6 +247,16 @@ template <class T, class A>
 A reciprocal(A x) {
   return A(1) / x;
 }
+template <int kLanes, class A>
+A from_lower_lane(A v) {
+  const A other = __shfl_up_sync(~0u, v, 1, kLanes);
+  return threadIdx.x % kLanes == 0 ? A(0) : other;
+}
+template <int kLanes, class A>
+A from_upper_lane(A v) {
+  const A other = __shfl_down_sync(~0u, v, 1, kLanes);
+  return threadIdx.x % kLanes == kLanes - 1 ? A(0) : other;
+}
 inline int opaque(int v) { return v; }
 inline void prefetch(const void*) {}
 inline unsigned char* shared_memory() { return emulator::dynamic_shared_memory(); }
@@ -210,6 +272,7 @@ inline void restore_device(int) {}
 
 inline Limits emulated_limits{9, 132, 227 * 1024};  // an H100; tests set other devices
 inline Limits device_limits() { return emulated_limits; }
+inline int compiled_capability() { return emulated_limits.major >= 8 ? 10 * emulated_limits.major : 0; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster, cudaStream_t,

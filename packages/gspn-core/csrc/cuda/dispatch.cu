@@ -42,6 +42,8 @@ auto with_type(Dtype dtype, const Use& use) {
 OnDevice::OnDevice(int device) : before_(exchange_device(device)) {}
 OnDevice::~OnDevice() { restore_device(before_); }
 
+bool is_supported() { return compiled_capability() > 0; }
+
 size_t forward_workspace(const Params& p) {
   check_planes(p);
   return with_type(p.dtype, [&](auto typed) { return typed.forward_workspace(p); });

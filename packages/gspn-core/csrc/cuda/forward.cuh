@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
   Window w = window(job, scan, job.begin, job.end);
   weight_loader.load(w, scan.horizontal, cw);
   input.load(w, scan.horizontal);
+  if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
 #pragma unroll 1
   for (int t = 0; w.i0 < job.end; ++t) {
     weight_loader.put(weights, w, scan.horizontal, cw);

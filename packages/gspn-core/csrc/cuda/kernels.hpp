@@ -17,6 +17,9 @@ size_t backward_workspace(const Params& p);
 void forward(const Params& p, void* workspace, void* stream);
 void backward(const Params& p, void* workspace, void* stream);
 
+// Whether there are kernels for the current device.
+bool is_supported();
+
 // Makes a device current until the end of the scope.
 class OnDevice {
  public:

@@ -2,6 +2,7 @@
 // on shapes and the limits of the device only.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -12,10 +13,10 @@
 namespace gspn::cuda {
 
 enum class Path { kAuto, kResident, kStrip, kCluster };
-inline Path selected_path = Path::kAuto;
+inline std::atomic<Path> selected_path{Path::kAuto};
 
 struct Limits {
-  int major;  // compute capability; clusters from 9 on
+  int major;  // compute capability that the kernels were compiled for; clusters from 9 on
   int multiprocessors;
   size_t shared_bytes;  // of one block
 };

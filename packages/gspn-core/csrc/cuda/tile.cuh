@@ -282,24 +282,38 @@ __device__ __forceinline__ Pack<typename C::A, C::P> row_of_lane(const typename 
   return *reinterpret_cast<const Pack<typename C::A, C::P>*>(tile + m * C::kPitch + lane * C::P);
 }
 
+// Of row-stochastic weights; a weight of zero stands for a neighbour that does not exist.
+template <class A>
+__device__ __forceinline__ A weighted_sum(A a, A c, A left, A own, A right) {
+  const A b = (A(1) - a) - c;  // may be rounded to 0 or below
+  A sum = (b > A(0) ? b : b == b ? A(1e-30) : b) * own;
+  if (a != A(0)) sum += a * left;
+  if (c != A(0)) sum += c * right;
+  return sum;
+}
+
 // h'[j] = sum_k w_k[j] h[j+k] + f[j] on the lane's positions. Row-stochastic weights use the difference form,
-// h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Values that a shuffle
-// brings in from another segment are multiplied by a weight of zero.
+// h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Beside an
+// infinity it gives NaN, since inf - inf is NaN: there the weighted sum decides.
 template <class C>
 __device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<C>& weights, const typename C::A* input,
                                      int m, bool starts_chunk) {
   using A = typename C::A;
   constexpr int P = C::P;
   const Pack<A, P> a = row_of_lane<C>(weights.a, m), c = row_of_lane<C>(weights.c, m), f = row_of_lane<C>(input, m);
-  const A from_left = __shfl_up_sync(~0u, h[P - 1], 1, C::kLanes);
-  const A from_right = __shfl_down_sync(~0u, h[0], 1, C::kLanes);
+  const A from_left = from_lower_lane<C::kLanes>(h[P - 1]), from_right = from_upper_lane<C::kLanes>(h[0]);
   A next[P];
   if (weights.b == nullptr) {
+    A probe = h[0];  // a sum, which is not finite if a state is not
+#pragma unroll
+    for (int q = 1; q < P; ++q) probe += h[q];
+    const bool finite = probe - probe == A(0);
 #pragma unroll
     for (int q = 0; q < P; ++q) {
       const A left = q > 0 ? h[q > 0 ? q - 1 : 0] : from_left,
               right = q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right;
       next[q] = (h[q] + f.v[q]) + a.v[q] * (left - h[q]) + c.v[q] * (right - h[q]);
+      if (!finite && next[q] != next[q]) next[q] = weighted_sum(a.v[q], c.v[q], left, h[q], right) + f.v[q];
     }
   } else {
     const Pack<A, P> b = row_of_lane<C>(weights.b, m);

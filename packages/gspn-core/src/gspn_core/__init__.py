@@ -10,10 +10,10 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import reference
+    from ._directions import DIRECTIONS
     from ._info import info
     from .module import SpatialPropagation
     from .ops import line_scan, propagate, row_stochastic
-    from .reference import DIRECTIONS
 
 __all__ = [
     "DIRECTIONS",
@@ -29,7 +29,7 @@ __all__ = [
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "DIRECTIONS": "reference",
+        "DIRECTIONS": "_directions",
         "SpatialPropagation": "module",
         "info": "_info",
         "line_scan": "ops",
@@ -39,4 +39,4 @@ __getattr__ = lazy_attributes(
     },
 )
 
-when_imported("torch", f"{__name__}._flops")  # imports the operators, whose operations torch counts then
+when_imported("torch", f"{__name__}._library")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -33,15 +34,34 @@ def extension() -> ModuleType | ImportError:
         return error
     isa = os.environ.get("GSPN_CPU_ISA")
     if isa:
+        choices = ["auto", *module.build_info()["supported_isas"]]
+        if isa not in choices:
+            raise _wrong_setting(f"GSPN_CPU_ISA must be one of {', '.join(choices)} on this machine, got {isa!r}")
         module.select_isa(isa)
     return module
+
+
+def _wrong_setting(message: str) -> ValueError:
+    """Return an error that our commands show on one line."""
+    from ._command import UserError  # here, because the operator needs no command line
+
+    class WrongSetting(UserError, ValueError):
+        pass
+
+    return WrongSetting(message)
 
 
 @cache
 def _warn_once(device_type: str) -> None:
     module = extension()
     if device_type == "cpu" or not isinstance(module, ModuleType):
-        how = f"its compiled module did not load ({module}); reinstall with `pip install --force-reinstall gspn-core`"
+        how = f"its compiled module did not load ({module}); install gspn-core again, from its checkout or wheel"
+    elif device_type == "cuda" and hasattr(module, "cuda_forward"):
+        built = module.build_info()["cuda"]["architectures"].replace(" ", ", ")
+        how = (
+            f"this build has kernels for the compute capabilities {built} and none for this GPU; "
+            "install gspn-core again with that of the GPU in GSPN_CUDA_ARCHITECTURES"
+        )
     elif device_type == "cuda":
         how = (
             "this build has no CUDA kernels; install gspn-core again where CMake finds nvcc (12.4 or later), "
@@ -49,13 +69,29 @@ def _warn_once(device_type: str) -> None:
         )
     else:
         how = f"there are kernels for cpu and cuda; move the tensors there, or see `gspn-core info` ({device_type})"
-    warnings.warn(f"gspn_core runs its slow PyTorch reference on {device_type}: {how}", RuntimeWarning, stacklevel=6)
+    message = f"gspn_core runs its slow PyTorch reference on {device_type}: {how}"
+    warnings.warn(message, RuntimeWarning, stacklevel=_levels_to_caller())
+
+
+def _levels_to_caller() -> int:
+    """Return the stack level, as `warnings.warn` counts, of the code that called gspn_core, through torch or not."""
+    ours = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (torch, sys.modules[__package__]))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+@cache
+def _supports_gpu(device: int) -> bool:
+    module = extension()
+    return isinstance(module, ModuleType) and hasattr(module, "cuda_forward") and bool(module.cuda_supports(device))
 
 
 def has_kernels(x: Tensor) -> bool:
     """Tell whether there are compiled kernels for the device of x; warn once if the reference runs instead."""
     module = extension()
-    if isinstance(module, ModuleType) and (x.is_cpu or (x.is_cuda and hasattr(module, "cuda_forward"))):
+    if isinstance(module, ModuleType) and (x.is_cpu or (x.is_cuda and _supports_gpu(x.get_device()))):
         return True
     _warn_once(x.device.type)
     return False

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from .reference import DIRECTIONS
+from ._directions import DIRECTIONS
 
+LONGEST = 2**63 - 1  # no image has as many lines, so longer chunks are the same
+_STRIDED = torch.strided  # once: every call compares with it
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -34,9 +37,19 @@ def direction_indices(directions: Sequence[str]) -> list[int]:
     """Return the indices of the directions."""
     if directions is DIRECTIONS:
         return [0, 1, 2, 3]
-    if isinstance(directions, str):
-        raise TypeError(f"directions must be a sequence of direction names, got the string {directions!r}")
+    if isinstance(directions, str) or not isinstance(directions, Sequence):
+        raise TypeError(f"directions must be a sequence of direction names, got {directions!r}")
     return [direction_index(direction, "directions") for direction in directions]
+
+
+def chunk_size_argument(chunk_size: int | None) -> int | None:
+    """Return a chunk size that the operators take, or raise TypeError or ValueError."""
+    if chunk_size is None or isinstance(chunk_size, torch.SymInt):
+        return chunk_size
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
+        raise TypeError(f"chunk_size must be None or an integer of at least 1, got {chunk_size!r}")
+    _check_chunk_size(chunk_size)
+    return min(int(chunk_size), LONGEST)
 
 
 def distinct_directions(directions: Sequence[str]) -> list[int]:
@@ -92,6 +105,8 @@ def check_line_scan(x: Tensor, weights: Tensor, lam: Tensor | None, direction: i
 
 def check_logits(logits: Tensor, directions: Sequence[int]) -> None:
     """Raise ValueError or TypeError unless logits is (N, D, G, 3, H, W) with one entry per direction."""
+    if logits.layout is not _STRIDED:
+        raise _not_strided(logits, "logits")
     _check_floating(logits, "logits")
     shape = tuple(logits.shape)
     if len(shape) != 6 or shape[1] != len(directions) or shape[3] != 3:
@@ -101,6 +116,8 @@ def check_logits(logits: Tensor, directions: Sequence[int]) -> None:
 
 def check_gradient(dy: Tensor, x: Tensor, name: str) -> None:
     """Raise ValueError or TypeError unless the output's gradient matches x."""
+    if dy.layout is not _STRIDED:
+        raise _not_strided(dy, name)
     if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
         raise ValueError(
             f"{name} must have the shape, dtype and device of x, {tuple(x.shape)} {x.dtype} on {x.device}, "
@@ -110,12 +127,25 @@ def check_gradient(dy: Tensor, x: Tensor, name: str) -> None:
 
 def check_checkpoints(checkpoints: Tensor, x: Tensor, size: int) -> None:
     """Raise ValueError unless these are the checkpoints a forward of x returns with save_checkpoints=True."""
-    expected = (x.shape[0], x.shape[1], size)
-    if tuple(checkpoints.shape) != expected or not checkpoints.is_contiguous():
+    if checkpoints.layout is not _STRIDED:
+        raise _not_strided(checkpoints, "checkpoints")
+    expected, dtype = (x.shape[0], x.shape[1], size), torch.promote_types(x.dtype, torch.float32)
+    fits = checkpoints.shape == expected and checkpoints.dtype == dtype and checkpoints.device == x.device
+    if not fits or not checkpoints.is_contiguous():
         raise ValueError(
-            f"checkpoints must be contiguous of shape {expected}, as the forward returns them with "
-            f"save_checkpoints=True, got {tuple(checkpoints.shape)}"
+            f"checkpoints must be contiguous of shape {expected}, {dtype} on {x.device}, as the forward returns them "
+            f"with save_checkpoints=True, got {tuple(checkpoints.shape)}, {checkpoints.dtype} on {checkpoints.device}"
         )
+
+
+def check_mask(mask: Sequence[bool], count: int) -> None:
+    """Raise ValueError unless the mask of wanted gradients has an entry for each tensor."""
+    if len(mask) != count:
+        raise ValueError(f"mask must have {count} entries, one for each tensor, got {len(mask)}")
+
+
+def _not_strided(t: Tensor, name: str) -> TypeError:
+    return TypeError(f"{name} must be a strided tensor, got one of layout {t.layout}")
 
 
 def _check_floating(t: Tensor, name: str) -> None:
@@ -124,6 +154,8 @@ def _check_floating(t: Tensor, name: str) -> None:
 
 
 def _check_image(x: Tensor) -> None:
+    if x.layout is not _STRIDED:
+        raise _not_strided(x, "x")
     _check_floating(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
@@ -135,6 +167,8 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 
 def _check_like(x: Tensor, t: Tensor, name: str, legend: str, shape: tuple[int, ...]) -> None:
+    if t.layout is not _STRIDED:
+        raise _not_strided(t, name)
     if t.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
     if t.device != x.device:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import DIRECTIONS, SATURATION, from_scan_order, to_scan_order
+from ._directions import DIRECTIONS, SATURATION
 
 
 def forward(
@@ -53,12 +53,14 @@ def backward(
         dweights = None if dweights is None else dweights.unsqueeze(1)
         dlam = None if dlam is None else dlam.unsqueeze(1)
     raw_weights = weights.to(state)
+    if stochastic:
+        raw_weights = reference.without_first_lines(raw_weights, names, chunk_size)
     w = reference.row_stochastic(raw_weights, directions=names) if stochastic else raw_weights
     dx_sum = torch.zeros_like(x, dtype=state)
     for d, name in enumerate(names):
 
         def lines(t: Tensor, name: str = name) -> Tensor:  # (N, C, lines, positions)
-            return to_scan_order(reference.spread(t.to(state), x.shape[1], 1), name)
+            return reference.to_scan_order(reference.spread(t.to(state), x.shape[1], 1), name)
 
         x_d, dy_d = lines(x), lines(dy)
         lam_d = None if lam is None else lines(lam[:, d])
@@ -67,7 +69,7 @@ def backward(
         h = reference.line_scan(
             x.to(state), w[:, d], None if lam is None else lam[:, d].to(state), direction=name, chunk_size=chunk_size
         )
-        h = to_scan_order(h, name)
+        h = reference.to_scan_order(h, name)
         previous, g = torch.zeros_like(h), torch.zeros_like(h)
         v = torch.zeros_like(h[:, :, 0])
         for i in reversed(range(h.shape[2])):
@@ -80,16 +82,16 @@ def backward(
                 v = b[:, :, i] * g[:, :, i]
                 v[..., :-1] += ag[..., 1:]
                 v[..., 1:] += cg[..., :-1]
-        dx_sum += from_scan_order(g if lam_d is None else lam_d * g, name)
+        dx_sum += reference.from_scan_order(g if lam_d is None else lam_d * g, name)
         if dlam is not None:
-            dlam[:, d] = from_scan_order(_group_sum(g * x_d, dlam.shape[2]), name)
+            dlam[:, d] = reference.from_scan_order(_group_sum(g * x_d, dlam.shape[2]), name)
         if du is not None:
-            du[:, d] = from_scan_order(_group_sum(dy_d * h, du.shape[2]), name)
+            du[:, d] = reference.from_scan_order(_group_sum(dy_d * h, du.shape[2]), name)
         if dweights is not None:
             left, right = torch.zeros_like(previous), torch.zeros_like(previous)
             left[..., 1:], right[..., :-1] = previous[..., :-1], previous[..., 1:]
             sums = torch.stack([_group_sum(g * t, weights.shape[2]) for t in (left, previous, right)], dim=2)
-            sums = from_scan_order(sums, name)  # (N, G, 3, H, W)
+            sums = reference.from_scan_order(sums, name)  # (N, G, 3, H, W)
             dweights[:, d] = _logit_gradient(raw_weights[:, d], w[:, d], sums) if stochastic else sums
     if dx is not None:
         dx.copy_(dx_sum)

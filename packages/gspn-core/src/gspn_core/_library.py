@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from . import _backend, _check, _fallback
+from . import _backend, _check, _fallback, _forward_mode
 
 library = torch.library.Library("gspn", "DEF")
 for _schema in (
@@ -79,13 +82,19 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Return a gradient for each entry of the mask: an empty tensor if it is not wanted, for a schema has no None."""
     x, weights, lam, u = _checked(stochastic, tensors, directions, chunk_size)
+    _check.check_tensors("dy checkpoints", dy, checkpoints)
     _check.check_gradient(dy, x, "dy" if stochastic else "dh")
     wanted = [*mask, False][:4]
+    _check.check_mask(mask, 4 if stochastic else 3)
     gradients = [t.new_empty(t.shape) if t is not None and w else None for t, w in zip(tensors, wanted, strict=True)]
-    if run and _backend.has_kernels(x):
-        if wanted[1] or wanted[3]:
-            size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
-            _check.check_checkpoints(checkpoints, x, size)
+    if gradients[1] is not None or gradients[3] is not None:
+        size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
+        _check.check_checkpoints(checkpoints, x, size)
+    if run and x.numel() == 0:  # without channels there are weights and gates, on which nothing depends
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+    elif run and _backend.has_kernels(x):
         kernels = _backend.Kernels(x, stochastic, directions, chunk_size)
         kernels.backward(dy, x, weights, lam, u, checkpoints, gradients)
     elif run:
@@ -97,7 +106,8 @@ def _checked(
     stochastic: bool, tensors: _MaybeTensors, directions: Sequence[int], chunk_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     x, weights, lam, u = tensors
-    assert x is not None and weights is not None
+    if x is None or weights is None:  # the dispatcher takes None for any tensor
+        raise TypeError(f"{'x' if x is None else 'logits' if stochastic else 'weights'} must be a tensor, got None")
     if stochastic:
         _check.check_propagate(x, weights, lam, u, directions, chunk_size)
     else:
@@ -116,9 +126,30 @@ def _name_of(op: Any) -> str:
 
 
 # ---- autograd. Per call, a Function on the dispatch key takes a third of the time of torch.library.register_autograd.
+# The dispatcher calls the key once for each level of torch.func, with that level's tensors: so the Functions are of a
+# single level, where torch.autograd.Function would ask torch.func for all levels again.
 
 
-class _Differentiable(torch.autograd.Function):
+def _apply(function: Any, op: Any, *args: Any) -> Any:
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(op, *args)
+    # A Function turns gradients off in its forward, where the levels below this one still need them.
+    reverse, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+    def below(*args: Any) -> Any:
+        with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):
+            return op(*args)
+
+    with enable_single_level_autograd_function():
+        return function.apply(below, *args)
+
+
+def _in_forward_mode() -> bool:
+    """Tell whether tensors may have tangents: of torch.func.jvp, or of torch.autograd.forward_ad."""
+    return forward_ad._current_level >= 0
+
+
+class _Differentiable(_SingleLevelFunction):
     """An operator and its backward, on `count` tensors; then come direction(s) and chunk size, whether to save."""
 
     @staticmethod
@@ -128,35 +159,53 @@ class _Differentiable(torch.autograd.Function):
         ctx.backward_op, ctx.count, ctx.options = backward_op, count, args[count : count + 2]
         ctx.save_for_backward(*args[:count], output[1])
         ctx.mark_non_differentiable(output[1])
+        if _in_forward_mode():
+            ctx.save_for_forward(*args[:count])
+            ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
         needed = ctx.needs_input_grad[3 : 3 + ctx.count]
+        if dy is None:  # only in forward mode, which materializes no gradients
+            return (None,) * (ctx.count + 6)
         gradients = ctx.backward_op(dy, *ctx.saved_tensors, *ctx.options, needed)
         wanted = (g if need else None for g, need in zip(gradients, needed, strict=True))
         return None, None, None, *wanted, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+        none = [None] * (4 - ctx.count)
+        directions, chunk_size = ctx.options
+        directions = directions if ctx.count == 4 else [directions]
+        given = tangents[3 : 3 + ctx.count]
+        # Nothing here has a tangent at this level, but at the levels below it may have one.
+        with forward_ad._set_fwd_grad_enabled(True):
+            dy = _forward_mode.tangent(line_scan, [*primals, *none], [*given, *none], directions, chunk_size)
+        return dy, None
 
 
 def _register_autograd(op: Any, backward_op: Any, count: int) -> None:
     """Differentiate op, of `count` tensors, by backward_op; save states if weights or output gate need a gradient."""
 
     def autograd(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled():
+        forward_mode = _in_forward_mode()
+        if forward_mode or torch.is_grad_enabled():
             needed = [t is not None and t.requires_grad for t in args[:count]]
-            if True in needed:
+            if forward_mode or True in needed:
                 options = (*args[count:], None, False)[:2]  # the dispatcher drops trailing defaults
                 save = args[-1] is True or any(needed[1::2])
-                return _Differentiable.apply(op, backward_op, count, *args[:count], *options, save)
+                return _apply(_Differentiable, op, backward_op, count, *args[:count], *options, save)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     library.impl(_name_of(op), autograd, "Autograd", with_keyset=True)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class _OnceDifferentiable(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx: Any, op: Any, *args: Any) -> Any:
-        ctx.name = op.name()
+    def forward(ctx: Any, op: Any, name: str, *args: Any) -> Any:
+        ctx.name = name
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -167,29 +216,33 @@ class _OnceDifferentiable(torch.autograd.Function):
             "gspn_core.reference, which autograd differentiates as often as wanted."
         )
 
+    jvp = backward
+
 
 def _register_once_differentiable(op: Any) -> None:
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return _OnceDifferentiable.apply(op, *args)
+        if _in_forward_mode() or (
+            torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        ):
+            return _apply(_OnceDifferentiable, op, op.name(), *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     library.impl(_name_of(op), autograd, "Autograd")
 
 
-# ---- autocast to the lower precision, as for convolutions; the state stays in float32
+# ---- autocast to the lower precision, as for convolutions; the state stays in float32. As there, float64 stays what it
+# is; beside it, all tensors become float64.
 
 
 def _register_autocast(op: Any, device_type: str, key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def autocast(*args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [
-            a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-            for a in args
-        ]
+        floating = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+        wide = any(f and a.dtype == torch.float64 for f, a in zip(floating, args, strict=True))
+        dtype = torch.float64 if wide else torch.get_autocast_dtype(device_type)
+        cast = [a.to(dtype) if f else a for f, a in zip(floating, args, strict=True)]
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast)
 
@@ -207,13 +260,14 @@ def _register_vmap(op: Any) -> None:
             if not isinstance(t, Tensor):
                 return t
             t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-            return t.flatten(0, 1)
+            return t.reshape(size * t.shape[1], *t.shape[2:])
 
-        outputs = op(*(join(a, dim) for a, dim in zip(args, in_dims, strict=True)))
+        joined = [join(a, dim) for a, dim in zip(args, in_dims, strict=True)]
+        outputs = op(*joined)
+        images = args[0].shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]  # the batch of a call that is mapped
         # An output that is not wanted is empty, without a batch dimension.
-        return tuple(o.unflatten(0, (size, -1)) if o.dim() > 1 else o.new_empty((size, 0)) for o in outputs), (
-            0,
-        ) * len(outputs)  # type: ignore[return-value]
+        split = (o.reshape(size, images, *o.shape[1:]) if o.dim() > 1 else o.new_empty((size, 0)) for o in outputs)
+        return tuple(split), (0,) * len(outputs)  # type: ignore[return-value]
 
     torch.library.register_vmap(op, vmap, lib=library)
 
@@ -243,3 +297,5 @@ for _op in (propagate, propagate_backward, line_scan, line_scan_backward):
 for _op in (propagate, line_scan):
     for _device in ("CPU", "CUDA", "XPU", "MPS"):
         _register_autocast(_op, _device.lower(), f"Autocast{_device}")
+
+from . import _flops  # noqa: E402, F401  (torch counts the operators, which exist now)

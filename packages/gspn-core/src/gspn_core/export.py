@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError(f"ONNX export needs onnx and onnxscript: pip install onnx onnxscript ({error})") from error
 
 from . import _library
-from .reference import DIRECTIONS, SATURATION
+from ._directions import DIRECTIONS, SATURATION
 
 # The exporter writes this version and converts it to the requested one. Its types are of arrays, not of graph values.
 op: Any = opset18

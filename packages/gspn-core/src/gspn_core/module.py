@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _check, _library  # noqa: F401  (registers torch.ops.gspn)
-from .reference import DIRECTIONS
+from ._directions import DIRECTIONS
 
 # Initial input gate of scans without chunks. A scan accumulates its input: over L lines noise grows like L^(1/4), but
 # the mean of a smooth image like L, so that no single value suits both. With this one, a branch of a pre-norm residual
@@ -72,7 +72,7 @@ class SpatialPropagation(nn.Module):
             "chunk_size": chunk_size,
         }
         for name, count in counts.items():
-            if count is not None and (not isinstance(count, int) or count < 1):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
         propagated = proxy_channels or channels
         if propagated % weight_groups != 0:
@@ -82,7 +82,7 @@ class SpatialPropagation(nn.Module):
         self.proxy_channels = proxy_channels
         self.gate_rank = gate_rank
         self.weight_groups = weight_groups
-        self.chunk_size = chunk_size
+        self.chunk_size = _check.chunk_size_argument(chunk_size)
         self.propagated_channels = propagated
 
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _check, _library, reference
-from .reference import DIRECTIONS
+from ._directions import DIRECTIONS
 
 
 def propagate(
@@ -57,16 +57,18 @@ def propagate(
         y, (N, C, H, W), contiguous, in the dtype of x.
 
     All tensors share one dtype, float32, float64, bfloat16 or float16, and one device; under autocast floating
-    dtypes may differ and are cast to its lower precision. Strides may be any. The state is kept in float32 (float64
-    for float64). Results are the same bit for bit whatever the number of threads. Differentiable once in x, logits,
-    lam and u.
+    dtypes may differ and are cast to its lower precision, or to float64 beside a tensor of float64. Strides may be
+    any. The state is kept in float32 (float64 for float64). On a CPU results are the same bit for bit whatever the
+    number of threads and the other images of the batch. Differentiable once in x, logits, lam and u, in reverse mode
+    and in forward mode.
 
     Raises:
         ValueError: a shape, a device, a direction or the chunk size does not fit; the message names it.
-        TypeError: a dtype is not floating or differs from that of x.
+        TypeError: a dtype is not floating or differs from that of x, or an option is of the wrong type.
     """
     _check.check_tensors("x logits lam u", x, logits, lam, u, optional=2)
-    y: Tensor = _library.propagate(x, logits, lam, u, _check.direction_indices(directions), chunk_size)[0]
+    indices, chunk_size = _check.direction_indices(directions), _check.chunk_size_argument(chunk_size)
+    y: Tensor = _library.propagate(x, logits, lam, u, indices, chunk_size)[0]
     return y
 
 
@@ -91,10 +93,11 @@ def line_scan(
 
     Raises:
         ValueError: a shape, a device, the direction or the chunk size does not fit; the message names it.
-        TypeError: a dtype is not floating or differs from that of x.
+        TypeError: a dtype is not floating or differs from that of x, or an option is of the wrong type.
     """
     _check.check_tensors("x weights lam", x, weights, lam, optional=1)
-    h: Tensor = _library.line_scan(x, weights, lam, _check.direction_index(direction), chunk_size)[0]
+    index, chunk_size = _check.direction_index(direction), _check.chunk_size_argument(chunk_size)
+    h: Tensor = _library.line_scan(x, weights, lam, index, chunk_size)[0]
     return h
 
 

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIRECTIONS = ("left_to_right", "right_to_left", "top_to_bottom", "bottom_to_top")
-
-SATURATION = -28.0  # logits are clamped to this minimum
+from ._directions import DIRECTIONS, SATURATION
 
 
 def to_scan_order(t: Tensor, direction: str) -> Tensor:
@@ -34,11 +32,29 @@ def row_stochastic(logits: Tensor, *, directions: Sequence[str] = DIRECTIONS) ->
     weights = []
     for d, direction in enumerate(directions):
         a = to_scan_order(logits[:, d], direction)  # (N, G, 3, lines, positions)
-        exists = torch.ones(3, a.shape[-1], dtype=torch.bool, device=a.device)
-        exists[0, :1] = exists[2, a.shape[-1] - 1 :] = False
-        sigma = torch.where(exists[:, None], a.clamp(min=SATURATION).sigmoid(), 0)
+        exists = _neighbour_exists(a)
+        # The inner one too, or a NaN in the place of a missing neighbour would reach the gradient: 0 NaN is NaN.
+        sigma = torch.where(exists[:, None], a, 0).clamp(min=SATURATION).sigmoid()
+        sigma = torch.where(exists[:, None], sigma, 0)
         weights.append(from_scan_order(sigma / sigma.sum(dim=2, keepdim=True), direction))
     return torch.stack(weights, dim=1)
+
+
+def _neighbour_exists(t: Tensor) -> Tensor:
+    """Return (3, positions) for t, (..., positions): whether position j has neighbours j-1, j and j+1."""
+    exists = torch.ones(3, t.shape[-1], dtype=torch.bool, device=t.device)
+    exists[0, :1] = exists[2, t.shape[-1] - 1 :] = False
+    return exists
+
+
+def without_first_lines(logits: Tensor, directions: Sequence[str], chunk_size: int | None) -> Tensor:
+    """Replace the logits of every chunk's first line by 0: they have no effect, whatever they are."""
+    kept = []
+    for d, direction in enumerate(directions):
+        a = to_scan_order(logits[:, d], direction)  # (N, G, 3, lines, positions)
+        first = torch.arange(a.shape[-2], device=a.device) % (chunk_size or max(a.shape[-2], 1)) == 0
+        kept.append(from_scan_order(torch.where(first[:, None], 0, a), direction))
+    return torch.stack(kept, dim=1)
 
 
 def line_scan(
@@ -51,6 +67,7 @@ def line_scan(
     if lam is not None:
         gated = gated * to_scan_order(spread(lam.to(dtype), channels, 1), direction)
     w = to_scan_order(spread(weights.to(dtype), channels, 1), direction)  # (N, C, 3, lines, positions)
+    w = torch.where(_neighbour_exists(w)[:, None], w, 0)
     h: list[Tensor] = []
     for i, (gated_i, w_i) in enumerate(zip(gated.unbind(2), w.unbind(3), strict=True)):
         if i % (chunk_size or gated.shape[2]) == 0:
@@ -73,7 +90,8 @@ def propagate(
 ) -> Tensor:
     """y = sum_d u_d * h_d, each h_d a `line_scan` with the `row_stochastic` weights of direction d."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weights = row_stochastic(logits.to(dtype), directions=directions)
+    logits = without_first_lines(logits.to(dtype), directions, chunk_size)
+    weights = row_stochastic(logits, directions=directions)
     y = torch.zeros_like(x, dtype=dtype)
     for d, direction in enumerate(directions):
         lam_d = None if lam is None else lam[:, d].to(dtype)

@@ -2,13 +2,15 @@
 //
 // Each CUDA thread is a fiber. Fibers switch only at synchronisation points (shuffle, __syncwarp, __syncthreads,
 // cluster_sync) or when they return, and only within one OS thread, so a run is determined by its schedule and seed.
-// Blocks run one after another, the blocks of a cluster together. A failing launch throws emulator::Error in the
-// caller, with the place where every waiting thread waits, and the emulator remains usable for the next launch.
+// Blocks run one after another, the blocks of a cluster together, but each starts only when those before it wait. A
+// failing launch throws emulator::Error in the caller, with the place where every waiting thread waits, and the
+// emulator remains usable for the next launch.
 //
 // What is detected
 //   always    lanes of one mask at different calls, a lane outside its own mask, overlapping masks; a barrier reached
-//             at different lines; deadlock; a launch that no device accepts; cluster_map outside the cluster or block.
-//             Threads that have returned count as arrived, as on sm_70 and later.
+//             at different lines; deadlock; a launch that no device accepts; cluster_map outside the cluster or block,
+//             or to a block that has not started, whose shared memory is not its own yet: a cluster barrier has to come
+//             first. Threads that have returned count as arrived, as on sm_70 and later.
 //   as NaN    undefined values are all ones, NaN in every floating-point format: shared memory before its first write
 //             and, in a cluster, after its block has returned; a shuffle from a lane outside the mask.
 //   schedule  a missing barrier, if the order of the threads makes the result wrong: set_schedule, or the environment
@@ -216,6 +218,7 @@ struct Block {
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   std::vector<Warp> warps;
   Barrier barrier;
+  bool started = false;
   char exit_fence = 0;
 };
 
@@ -337,9 +340,28 @@ inline size_t choose(State& s) {
   return best;
 }
 
+inline void make_ready(Thread* thread) {
+  thread->waits_at = Primitive::kNone;
+  state().ready.push_back(thread);
+}
+
+// Starts a block of the cluster that has not started, if there is one.
+inline void start_block(State& s) {
+  std::vector<Block*> left;
+  for (Block& block : s.cluster->blocks)
+    if (!block.started) left.push_back(&block);
+  if (left.empty()) return;
+  Block& block = *left[s.schedule == kFirstIn ? 0 : s.schedule == kLastIn ? left.size() - 1 : draw(s) % left.size()];
+  block.started = true;
+  for (Warp& warp : block.warps)
+    for (Thread* thread : warp.threads)
+      if (thread) make_ready(thread);
+}
+
 // The next thread to run; the main fiber if all have returned or one has failed.
 inline Thread* next_thread() {
   State& s = state();
+  if (!s.failure.what && s.ready.empty()) start_block(s);
   if (!s.failure.what && s.ready.empty() && s.cluster->barrier.live)
     s.failure.what = "deadlock: every thread that has not returned waits";
   if (s.failure.what || s.ready.empty()) return &s.main;
@@ -352,11 +374,6 @@ inline Thread* next_thread() {
     s.ready.pop_back();
   }
   return thread;
-}
-
-inline void make_ready(Thread* thread) {
-  thread->waits_at = Primitive::kNone;
-  state().ready.push_back(thread);
 }
 
 // Calls arrive(), which records that the current thread waits and makes threads ready whose wait it completes, then
@@ -594,7 +611,6 @@ inline void prepare_thread(State& s, Block& block, int number) {
   thread.warp->threads[thread.lane] = &thread;
   thread.warp->live |= 1u << thread.lane;
   prepare_stack(s, thread, *s.stacks[slot]);
-  make_ready(&thread);
 }
 
 inline void prepare_block(State& s, Block& block, uint3 index, int rank) {
@@ -742,6 +758,7 @@ inline void* cluster_map(void* p, int rank, detail::Site site = detail::Site::he
   if (rank < 0 || rank >= cluster_size()) detail::stop("cluster_map to a rank outside the cluster", site);
   if (offset >= detail::state().launch.shared_bytes)
     detail::stop("cluster_map of an address outside shared memory", site);
+  if (!detail::state().cluster->blocks[rank].started) detail::stop("cluster_map to a block that has not started", site);
   return detail::state().cluster->blocks[rank].shared.get() + offset;
 }
 

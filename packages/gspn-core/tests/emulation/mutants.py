@@ -3,7 +3,8 @@
     python tests/emulation/mutants.py [--only NAME]
 
 A mutant is a copy of the kernels with one line changed, compiled for the host for float32 alone. It must be detected
-by the check for its kind of fault: values compared with the reference, AddressSanitizer, or ThreadSanitizer.
+by the check for its kind of fault: values compared with the reference, AddressSanitizer, or ThreadSanitizer. Copies
+without a change must pass, or a check that always fails would detect everything.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Mutant:
     after: str
 
 
+UNCHANGED = "constexpr int kSaturation"
 MUTANTS = (
+    *(Mutant(f"nothing: passes {kind}", kind, "tile.cuh", UNCHANGED, UNCHANGED) for kind in ("values", "thread")),
     Mutant(
         "left border weighs",
         "values",
@@ -65,12 +68,53 @@ MUTANTS = (
         "halo one short", "values", "tile.cuh", "? index * kUseful - C::K : 0", "? index * (kUseful + 1) - C::K : 0"
     ),
     Mutant("edges of states stay wrong", "values", "backward.cuh", "put_row<C>(states, w.i0 - begin, h);", ""),
-    Mutant("adjoint leaks at the edge", "values", "backward.cuh", "if (lane % C::kLanes == 0) from_left = 0;", ""),
+    Mutant(
+        "adjoint leaks at the edge",
+        "values",
+        "backward.cuh",
+        "from_lower_lane<C::kLanes>(c.v[P - 1] * g[P - 1])",
+        "__shfl_up_sync(~0u, c.v[P - 1] * g[P - 1], 1, C::kLanes)",
+    ),
     Mutant(
         "adjoint loses its own weight", "values", "backward.cuh", "v[q] = b[q] * g[q] + right", "v[q] = g[q] + right"
     ),
     Mutant("last part left out", "values", "backward.cuh", "part < parts; ++part", "part + 1 < parts; ++part"),
     Mutant("one channel too few", "values", "backward.cuh", "c < job.warps && !", "c + 1 < job.warps && !"),
+    Mutant(
+        "store to a block that has not started",
+        "values",
+        "forward.cuh",
+        "if (l.cluster > 1) cluster_barrier();  // no block stores",
+        "// no block stores",
+    ),
+    Mutant(
+        "store to one in the backward pass",
+        "values",
+        "backward.cuh",
+        "if (l.cluster > 1) cluster_barrier();  // no block stores",
+        "// no block stores",
+    ),
+    Mutant(
+        "infinities become NaN",
+        "values",
+        "tile.cuh",
+        "const bool finite = probe - probe == A(0);",
+        "const bool finite = true;",
+    ),
+    Mutant(
+        "ends of a line take a state of their lane",
+        "values",
+        "tile.cuh",
+        "from_lower_lane<C::kLanes>(h[P - 1])",
+        "__shfl_up_sync(~0u, h[P - 1], 1, C::kLanes)",
+    ),
+    Mutant(
+        "gradient of a first line",
+        "values",
+        "backward.cuh",
+        "if (p.stochastic && !starts_chunk(p, i))",
+        "if (p.stochastic)",
+    ),
     Mutant("read past the line", "address", "tile.cuh", "j >= 0 && j < w.length;\n}", "j >= 0 && j <= w.length;\n}"),
     Mutant("shared memory without pads", "address", "forward.cuh", "(WeightTile<C>::size(stochastic) + ", "("),
     Mutant(
@@ -157,11 +201,11 @@ def main() -> int:
     unnoticed = 0
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for mutant, said, seconds in pool.map(_check, mutants):
-            unnoticed += not said
-            print(
-                f"{seconds:4.0f} s  {mutant.name:40s} {mutant.noticed_by:8s} {said or 'NOT NOTICED'}"[:200], flush=True
-            )
-    print(f"{len(mutants) - unnoticed} of {len(mutants)} noticed")
+            unchanged = mutant.before == mutant.after
+            unnoticed += bool(said) if unchanged else not said
+            said = said or ("nothing noticed" if unchanged else "NOT NOTICED")
+            print(f"{seconds:4.0f} s  {mutant.name:40s} {mutant.noticed_by:8s} {said}"[:200], flush=True)
+    print(f"{len(mutants) - unnoticed} of {len(mutants)} as expected")
     return 1 if unnoticed or not mutants else 0
 
 

@@ -123,11 +123,12 @@ void partial() {
 }
 
 // Each thread writes to the next block of its ring and reads what the previous one wrote.
-template <bool kStay>
+template <bool kStay, bool kWait = true>
 void ring(float* out) {
   float* s = shared_floats();
   const int rank = emulator::cluster_rank(), size = emulator::cluster_size(), t = threadIdx.x;
-  static_cast<float*>(emulator::cluster_map(s, (rank + 1) % size))[t] = float(100 * rank + t);
+  if (kWait) emulator::cluster_sync();
+  static_cast<float*>(emulator::cluster_map(s, (rank + 1) % size))[t] = float(100 * rank + t);  // of the next block
   emulator::cluster_sync();
   out[blockIdx.x * blockDim.x + t] = s[t];
   if (!kStay && rank == 1) return;
@@ -258,8 +259,19 @@ void masks() {
   try_launch(1, 32, 0, 1, [] { __syncwarp(threadIdx.x < 16 ? 0x1FFFFu : 0xFFFF0000u); });
 }
 
+// The result would be right if all blocks started at once.
+void early_store() {
+  for_schedules([] {
+    std::vector<float> out(4 * 64);
+    try_launch(4, 64, 64 * sizeof(float), 4, [&] { ring<true, false>(out.data()); });
+  });
+}
+
 void maps() {
-  try_launch(2, 1, 16, 2, [] { emulator::cluster_map(emulator::dynamic_shared_memory() + 15, 1); });
+  try_launch(2, 1, 16, 2, [] {
+    emulator::cluster_sync();
+    emulator::cluster_map(emulator::dynamic_shared_memory() + 15, 1);
+  });
   try_launch(2, 1, 16, 2, [] { emulator::cluster_map(emulator::dynamic_shared_memory() + 16, 1); });
   try_launch(2, 1, 16, 2, [] { emulator::cluster_map(emulator::dynamic_shared_memory(), 2); });
 }
@@ -319,6 +331,7 @@ int main(int, char** argv) {
       {"deadlock_at_return", deadlock_at_return},
       {"masks", masks},
       {"maps", maps},
+      {"early_store", early_store},
       {"bad_launch", bad_launch},
       {"reuse", reuse},
       {"operating_system_threads", operating_system_threads},

@@ -134,7 +134,7 @@ def test_out_of_memory_says_what_saves_some(error):
 
 def test_fewer_steps_than_a_run_has_done(tmp_path):
     check_steps(tmp_path, 5, 5)
-    with pytest.raises(ValueError, match="steps must be at least the 5 updates that the run in .* has done, got 4"):
+    with pytest.raises(ValueError, match=r"steps must be at least the 5 updates that the run in .* has done, got 4"):
         check_steps(tmp_path, 5, 4)
 
 

@@ -77,7 +77,8 @@ class Trainer:
         self.objective = make_loss(config.objective, **flow).to(self.accelerator.device)
         torch.manual_seed(derive_seed(INIT, config.seed))
         self.bare_model = self._build()
-        self.step, self.loss = 0, None  # the loss is the main process's to report
+        self.step = 0
+        self.loss: float | None = None  # the main process reports it
         self._restore_or_start()
 
     def _build(self) -> GSPNDiTTransformer2DModel:

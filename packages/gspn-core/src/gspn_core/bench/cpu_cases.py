@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _library, reference
+from .._directions import DIRECTIONS
 from ..ops import line_scan, propagate
-from ..reference import DIRECTIONS
 from .harness import Case, Figures, Function, Lab, Target, require_close
 
 Shape = tuple[int, int, int, int]  # (N, C, H, W)
