@@ -129,3 +129,14 @@ def test_shipped_configurations_write_to_places_of_their_own():
     ]
     outs = [out for out in outs if out is not None]
     assert len(outs) == len(set(outs)) > 5
+
+
+def test_names_of_other_projects_stand_for_options():
+    from gspn_core.runs.aliases import OURS
+
+    options = {
+        option.name
+        for package in ("gspn_vision", "gspn_dit", "gspn_t2i")
+        for option in check_options.options_of(package)
+    }
+    assert set(OURS.values()) <= options

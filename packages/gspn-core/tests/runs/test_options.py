@@ -106,7 +106,9 @@ def test_files_and_the_command_line(shipped):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["--img-size", "3"], "unknown option '--img-size', did you mean '--image-size'?"),
+        (["--imag-size", "3"], "unknown option '--imag-size', did you mean '--image-size'?"),
+        (["--opt", "sgd"], "unknown option '--opt'"),
+        (["--learning-rate", "3", "--lr", "3"], "--lr is given twice"),
         (["--qqq", "3"], "unknown option '--qqq'"),
         (["--config", "wrong"], "unknown option 'image_siz', did you mean 'image_size'?"),
         (["--config", "scalar"], r"prompts must be a list, such as \[a\], got 'a' in .*scalar\.yaml"),
@@ -140,6 +142,7 @@ def test_round_trips():
     "values,message",
     [
         ({"imag": 1}, "unknown option 'imag'"),
+        ({"learning_rate": 1}, "unknown option 'learning_rate', did you mean 'lr'?"),
         ({"prompts": None}, "prompts must be a list, such as .None., got None"),
         ({"mean": 0.5}, r"mean must be a list, such as \[0\.5\], got 0\.5"),
         ({"json": True}, "unknown option 'json'"),
@@ -181,3 +184,10 @@ def test_help(capsys):
 @pytest.mark.parametrize("warmup, total, expected", [(5, 300, 5), (100, 100, 10), (6250, 20, 2), (0, 1, 0)])
 def test_a_warm_up_is_shorter_than_its_run(warmup, total, expected):
     assert warmup_of(warmup, total) == expected
+
+
+def test_names_of_other_projects():
+    """Are taken on the command line, where a command has the option."""
+    read_ = read("--img-size", "32", "--learning_rate=0.5", "--max-grad-norm", "2", "--mixed-precision", "bf16")
+    assert (read_.image_size, read_.lr, read_.clip_grad, read_.precision) == (ImageSize(32, 32), 0.5, 2, "bf16")
+    assert read("--prompt", "a", "[cat:dog:0.5]").prompts == ["a", "[cat:dog:0.5]"]

@@ -3,7 +3,8 @@
 Every field is an option: `image_size` is written `--image-size`. Its type is checked, its line in the docstring's
 Args is the help, and its default the default. A switch is `--npz` or `--no-npz`; a list is written as words,
 `--classes 3 5`, and in YAML as a list; `null` turns off what can be off. `--config` reads YAML files of these names:
-later ones override earlier ones, and the command line all of them.
+later ones override earlier ones, and the command line all of them. The command line also takes names of timm's and
+diffusers' scripts for the same, such as `--opt` and `--guidance-scale`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from jsonargparse.typing import (
     PositiveInt,
     register_type,
 )
+
+from .aliases import OURS, translate
 
 Config = TypeVar("Config")
 
@@ -180,7 +183,8 @@ def _mended(message: str, names: Sequence[str]) -> str:
     if unknown:
         on_line = unknown[1].startswith("--")
         known = [f"--{name.replace('_', '-')}" for name in names] if on_line else names
-        close = difflib.get_close_matches(unknown[1], known, n=1)
+        same = [name for name in (OURS.get(unknown[1]),) if name in names]
+        close = same or difflib.get_close_matches(unknown[1], known, n=1)
         return f"unknown option {unknown[1]!r}" + (f", did you mean {close[0]!r}?" if close else "")
     # Of a type with alternatives, what each of them expects.
     words = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", words)
@@ -273,7 +277,7 @@ def parse(
     parser = parser_of(kind, prog=prog, description=description, shipped=shipped)
     # For the main of all commands, which looks for it itself.
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
-    words = list(words)
+    words = translate(words, [field.name for field in dataclasses.fields(kind)])  # type: ignore[arg-type]
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
     twice = sorted({name for name in given if given.count(name) > 1} - {"--config"})
     if twice:
