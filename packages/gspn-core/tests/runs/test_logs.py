@@ -1,7 +1,10 @@
 """CSV tables and TensorBoard's files, right after a continuation."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gspn_core.runs.logs import Log, last_value, read_table
@@ -59,3 +62,44 @@ def test_last_value(tmp_path):
     assert last_value(tmp_path / "train.csv", "loss") == 1.5
     assert last_value(tmp_path / "train.csv", "top1") is None
     assert last_value(tmp_path / "none.csv", "loss") is None
+
+
+class Tracker(GeneralTracker):
+    """What a tracker of accelerate is told."""
+
+    name, requires_logging_directory, tracker = "wandb", False, None
+    told: ClassVar[list] = []
+
+    def __init__(self, run_name, **options):
+        super().__init__()
+        self.told.append((run_name, options))
+
+    def store_init_configuration(self, values):
+        self.told.append(values)
+
+    def log(self, values, step):
+        self.told.append((step, values))
+
+    def log_images(self, values, step):
+        self.told.append((step, {name: images.shape for name, images in values.items()}))
+
+    def finish(self):
+        self.told.append("finished")
+
+
+def test_trackers(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    for step in (0, 4):
+        log = Log(tmp_path, TABLES, step, tensorboard=False, trackers=["wandb"], options={"lr": 0.5, "vae": None})
+        log.add("validation", step + 2, top1=50.0)
+        log.add_image("samples", step + 2, np.zeros((4, 5, 3), np.uint8))
+        log.close()
+    begun, again = Tracker.told[:5], Tracker.told[5:]
+    assert begun[0] == again[0] and begun[0][0] == "gspn"
+    assert begun[0][1].items() > {"resume": "allow", "name": tmp_path.name}.items()
+    images = {"samples": (1, 4, 5, 3)}
+    assert begun[1:] == [{"lr": 0.5}, (2, {"validation/top1": 50.0}), (2, images), "finished"]
+    assert again[2:] == [(6, {"validation/top1": 50.0}), (6, images), "finished"]
+    with pytest.raises(ValueError, match="trackers must be installed: pip install comet-ml"):
+        Log(tmp_path, TABLES, 0, tensorboard=False, trackers=["wandb", "comet_ml"])

@@ -289,7 +289,8 @@ class Trainer:
         if main:
             write_text(self.folder / "config.yaml", to_yaml(self.config))
             tables = {"train": [*self._columns, "lr", "images_per_second"]}
-            self.log = Log(self.folder, tables, self.step, tensorboard=self.config.tensorboard)
+            options = {"tensorboard": self.config.tensorboard, "trackers": self.config.trackers}
+            self.log = Log(self.folder, tables, self.step, options=to_dict(self.config), **options)
         try:
             self._train()
         finally:

@@ -38,6 +38,7 @@ Device = Literal["auto", "cpu"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Resume = Literal["auto", "never"]
 Unreadable = Literal["stop", "skip"]
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"]
 LRSchedule = Literal["cosine", "linear", "constant", "poly", "tanh"]
 
 
@@ -111,6 +112,7 @@ class TrainingOptions:
         keep_checkpoints: newest checkpoints kept
         log_every: updates between rows of the log
         tensorboard: write TensorBoard logs
+        trackers: log through accelerate to these too, each of which is a package to install
         progress: show progress bars
     """
 
@@ -137,6 +139,7 @@ class TrainingOptions:
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 50
     tensorboard: bool = True
+    trackers: list[Tracker] = dataclasses.field(default_factory=list)
     progress: bool = True
 
     def __post_init__(self) -> None:
