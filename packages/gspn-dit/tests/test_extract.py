@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderDC, AutoencoderTiny
 from feature_cases import CLASSES, SIZE, files, options, save_vae, tiny_vae, write_photographs
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
@@ -17,9 +18,11 @@ from sklearn.datasets import load_digits, load_sample_images
 from gspn_core.runs.errors import WriteError
 from gspn_core.runs.options import ImageSize, to_dict
 from gspn_dit import extract as module
+from gspn_dit.data import Latents
 from gspn_dit.extract import extract
 from gspn_dit.features import Features
 from gspn_dit.images import _no_bars, _Table, adm_crop, open_images
+from gspn_dit.vae import decode, fingerprint, load_vae
 
 SCRIPT = """
 import json, pathlib, sys
@@ -260,6 +263,32 @@ def test_other_settings(tmp_path, vae, photographs, whole):
     moved = shutil.copytree(photographs, tmp_path.parent / "moved")
     assert extract(options(moved, vae, tmp_path, split="train"))["written"] == 0
     assert files(tmp_path) == whole
+
+
+def test_autoencoders_without_a_posterior(tmp_path, photographs):
+    """A deep-compression and a tiny autoencoder: latents are what they encode, and decode to what they make of them."""
+    blocks = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    deep = {"encoder_qkv_multiscales": ((),) * 3, "decoder_qkv_multiscales": ((),) * 3, "latent_channels": 8}
+    deep |= {"encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1), "scaling_factor": 0.4}
+    tiny = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    torch.manual_seed(0)
+    for made in (AutoencoderDC(**blocks, **deep), AutoencoderTiny(**blocks, **tiny)):
+        made.save_pretrained(tmp_path / "vae")
+        vae, out = load_vae(str(tmp_path / "vae")), tmp_path / type(made).__name__
+        extract(options(photographs, str(tmp_path / "vae"), out))
+        latents = Latents(str(out), fingerprint(vae))
+        assert latents.shape == (vae.config.latent_channels, SIZE // 4, SIZE // 4)
+        pixels = torch.from_numpy(np.array(adm_crop(open_images(str(photographs))[3][0], SIZE, SIZE))).permute(2, 0, 1)
+        with torch.no_grad():
+            encoded = vae.encode(pixels[None] / 127.5 - 1, return_dict=False)[0]
+            decoded = vae.decode(encoded, return_dict=False)[0].clamp(-1, 1)
+        noise = torch.randn(1, *latents.shape)
+        clean = latents.clean(latents[3][0][None], torch.tensor([False]), noise)
+        assert torch.allclose(clean, encoded * vae.config.scaling_factor, atol=1e-5)
+        assert torch.allclose(decode(vae, clean), decoded, atol=1e-4)
+        with torch.no_grad():  # what the decoder is does not matter to latents
+            [parameter.add_(1) for name, parameter in vae.named_parameters() if name.startswith("decoder.")]
+        assert Latents(str(out), fingerprint(vae)).shape == latents.shape
 
 
 def test_sizes_that_do_not_suit(tmp_path, vae):

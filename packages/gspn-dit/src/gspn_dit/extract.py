@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -36,7 +35,7 @@ from .features import (
     shard_name,
 )
 from .images import Images, adm_crop, open_images
-from .vae import factor, fingerprint, load_vae
+from .vae import VAE, factor, fingerprint, load_vae, posterior
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,7 +63,7 @@ def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] |
     return pixels, labels
 
 
-def _settings(config: ExtractConfig, images: Images, vae: AutoencoderKL) -> dict[str, Any]:
+def _settings(config: ExtractConfig, images: Images, vae: VAE) -> dict[str, Any]:
     """Return all settings that the features depend on.
 
     Raises:
@@ -87,7 +86,7 @@ def _settings(config: ExtractConfig, images: Images, vae: AutoencoderKL) -> dict
         "mirrored": True,
         "vae_fingerprint": fingerprint(vae),
         "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor,
+        "shift_factor": vae.config.get("shift_factor"),
         "latent_shape": [vae.config.latent_channels, height // reduction, width // reduction],
         "store_precision": config.store_precision,
         "precision": config.precision,
@@ -153,7 +152,7 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pixels: Tensor, precision: str = "fp32") -> Tensor:
+def encode(vae: VAE, pixels: Tensor, precision: str = "fp32") -> Tensor:
     """Encode images and their mirror images.
 
     Args:
@@ -166,7 +165,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor, precision: str = "fp32") -> Tenso
     """
     x = pixels.float() / 127.5 - 1
     with torch.autocast(pixels.device.type, _DTYPES[precision], enabled=precision != "fp32"):
-        both = [vae.encode(view).latent_dist.parameters.float() for view in (x, x.flip(-1))]
+        both = [posterior(vae, view).float() for view in (x, x.flip(-1))]
     return torch.stack(both, dim=1)
 
 
@@ -175,7 +174,7 @@ def _write_shards(
     config: ExtractConfig,
     settings: dict[str, Any],
     images: Images,
-    vae: AutoencoderKL,
+    vae: VAE,
     bar: Any,
 ) -> None:
     """Encode images and write these shards, one after the other."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -31,7 +30,7 @@ from gspn_core.runs.training import make_accelerator
 from . import checkpoint
 from .config import SampleConfig
 from .models import GSPNDiTTransformer2DModel
-from .vae import DECODER, ENCODER, decode, factor, fingerprint, load_vae
+from .vae import DECODER, ENCODER, VAE, decode, factor, fingerprint, load_vae
 
 SAMPLERS = {"noise": ("ancestral", "ddim"), "flow": ("euler", "heun")}
 
@@ -252,7 +251,7 @@ class Sampling:
             "vae": fingerprint(self.vae, ENCODER + DECODER) if self.vae else None,
         }
 
-    def _open_vae(self, state: dict[str, Any]) -> AutoencoderKL | None:
+    def _open_vae(self, state: dict[str, Any]) -> VAE | None:
         channels = self.model.config.in_channels
         if self.config.vae is None:
             if channels not in (1, 3) or state.get("vae_fingerprint"):

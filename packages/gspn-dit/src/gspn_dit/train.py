@@ -289,8 +289,14 @@ class Trainer:
         if main:
             write_text(self.folder / "config.yaml", to_yaml(self.config))
             tables = {"train": [*self._columns, "lr", "images_per_second"]}
-            options = {"tensorboard": self.config.tensorboard, "trackers": self.config.trackers}
-            self.log = Log(self.folder, tables, self.step, options=to_dict(self.config), **options)
+            self.log = Log(
+                self.folder,
+                tables,
+                self.step,
+                tensorboard=self.config.tensorboard,
+                trackers=self.config.trackers,
+                options=to_dict(self.config),
+            )
         try:
             self._train()
         finally:

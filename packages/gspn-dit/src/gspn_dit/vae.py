@@ -1,15 +1,23 @@
-"""The frozen autoencoder between pixels and latents: a diffusers `AutoencoderKL`."""
+"""The frozen autoencoder between pixels and latents: diffusers' `AutoencoderKL`, `AutoencoderDC` or `AutoencoderTiny`.
+
+The last two have no posterior: theirs is taken to be the latent itself, with no variance.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+
+VAE: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderTiny
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC, AutoencoderTiny)}
+_NO_VARIANCE = -30.0  # the least log-variance that posteriors have
 
 # What latents depend on: of the configuration, without the training size and hints of precision, and of the weights.
 _FIELDS = (
@@ -41,7 +49,7 @@ def _find(path: str) -> tuple[dict[str, Any], str | None]:
     raise FileNotFoundError(f"no folder {path!r}, and the Hub has no such VAE or cannot be reached: {reasons[0]}")
 
 
-def load_vae(path: str) -> AutoencoderKL:
+def load_vae(path: str) -> VAE:
     """Load a VAE in float32, in evaluation mode.
 
     Args:
@@ -49,14 +57,14 @@ def load_vae(path: str) -> AutoencoderKL:
 
     Raises:
         FileNotFoundError: there is none, or the Hub cannot be reached.
-        ValueError: it is no AutoencoderKL, or its files are damaged or incomplete.
+        ValueError: it is no autoencoder of ours, or its files are damaged or incomplete.
     """
     config, place = _find(path)
     kind = config.get("_class_name")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"vae must be an AutoencoderKL, got {kind} in {path!r}")
+    if kind not in _KINDS:
+        raise ValueError(f"vae must be one of {', '.join(_KINDS)}, got {kind} in {path!r}")
     try:
-        vae, report = AutoencoderKL.from_pretrained(
+        vae, report = _KINDS[kind].from_pretrained(
             path, subfolder=place, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
@@ -64,11 +72,11 @@ def load_vae(path: str) -> AutoencoderKL:
     # diffusers leaves missing weights at random values.
     if report["missing_keys"]:
         raise ValueError(f"the VAE in {path!r} is incomplete: it lacks {report['missing_keys'][0]}")
-    found: AutoencoderKL = vae.float().eval()
+    found: VAE = vae.float().eval()
     return found
 
 
-def fingerprint(vae: AutoencoderKL, parts: tuple[str, ...] = ENCODER) -> str:
+def fingerprint(vae: VAE, parts: tuple[str, ...] = ENCODER) -> str:
     """Return a SHA-256 of the configuration and of weights, the latter as float32.
 
     By default of those that latents depend on: VAEs that differ in their decoders alone, such as sd-vae-ft-ema and
@@ -78,7 +86,11 @@ def fingerprint(vae: AutoencoderKL, parts: tuple[str, ...] = ENCODER) -> str:
         vae: the VAE.
         parts: prefixes of the names of the weights, ENCODER, DECODER or both.
     """
-    digest = hashlib.sha256(json.dumps({field: vae.config.get(field) for field in _FIELDS}).encode())
+    fields: Collection[str] = _FIELDS
+    if not isinstance(vae, AutoencoderKL):
+        fields = sorted(key for key in vae.config if not (key.startswith(("_", "up")) or "decoder" in key))
+    about = {field: vae.config.get(field) for field in fields}
+    digest = hashlib.sha256(json.dumps(about, default=str).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         if not name.startswith(parts):
             continue
@@ -88,9 +100,19 @@ def fingerprint(vae: AutoencoderKL, parts: tuple[str, ...] = ENCODER) -> str:
     return digest.hexdigest()
 
 
-def factor(vae: AutoencoderKL) -> int:
+def factor(vae: VAE) -> int:
     """Return how many pixels, in height and in width, become one of the latent."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    channels = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
+    return int(2 ** (len(channels) - 1))
+
+
+def posterior(vae: VAE, images: Tensor) -> Tensor:
+    """Encode images (N, 3, fH, fW) in [-1, 1]; return moments (N, 2C, H, W), means and then log-variances."""
+    if isinstance(vae, AutoencoderKL):
+        moments: Tensor = vae.encode(images).latent_dist.parameters
+        return moments
+    latents: Tensor = vae.encode(images, return_dict=False)[0]
+    return torch.cat((latents, torch.full_like(latents, _NO_VARIANCE)), dim=1)
 
 
 def sample_moments(
@@ -112,8 +134,8 @@ def sample_moments(
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Turn scaled latents (N, C, H, W) into images (N, 3, fH, fW) in [-1, 1], float32; f is the VAE's factor."""
-    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     images: Tensor = vae.decode(latents.to(vae.dtype)).sample
     return images.float().clamp(-1, 1)
