@@ -16,7 +16,8 @@ from PIL import Image
 
 from gspn_core.runs.options import make
 from gspn_dit.config import SampleConfig
-from gspn_dit.sample import generate, grid, guide, make_scheduler, read_png, sample, to_pixels, write_npz
+from gspn_dit.sample import generate, grid, guide, read_png, sample, to_pixels, write_npz
+from gspn_dit.samplers import make_scheduler, run_sampler
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_ddim_without_noise_is_exact_for_the_true_noise():
 
 
 @pytest.mark.parametrize("steps", [30, 150, 300, 600, 1000])
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "euler", "heun"])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "euler", "heun", "sde", "dopri5"])
 def test_samplers_draw_a_known_gaussian(sampler, steps):
     """With the exact denoiser of N(0.7, 0.5^2) samples have that mean and deviation, whether steps divide 1000 or not.
 
@@ -101,23 +102,26 @@ def test_samplers_draw_a_known_gaussian(sampler, steps):
     """
     mean, deviation = 0.7, 0.5
     product = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
-    scheduler = make_scheduler(sampler, steps)
-    x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    x = (x - x.mean()) / x.std()
-    generator = torch.Generator().manual_seed(1)
-    for t in scheduler.timesteps:
+
+    def predict(x, t):
         if sampler in ("ancestral", "ddim"):
             signal, noise = product[int(t)].sqrt(), (1 - product[int(t)]).sqrt()
             output = noise * (x - signal * mean) / (product[int(t)] * deviation**2 + noise**2)
-        else:
-            s = float(t) / 1000
-            output = (s - (1 - s) * deviation**2) / ((1 - s) ** 2 * deviation**2 + s**2) * (x - (1 - s) * mean) - mean
-        if sampler == "ancestral":  # the larger of the two bounds of the variance
-            output = torch.cat((output, torch.ones_like(output)), dim=1)
-        options = {"generator": generator} if sampler == "ancestral" else {}
-        x = scheduler.step(output, t, x, **options).prev_sample
+            return torch.cat((output, torch.ones_like(output)), dim=1)  # the larger of the two bounds of the variance
+        s = float(t) / 1000
+        return (s - (1 - s) * deviation**2) / ((1 - s) ** 2 * deviation**2 + s**2) * (x - (1 - s) * mean) - mean
+
+    x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    x = (x - x.mean()) / x.std()
+    x = run_sampler(sampler, predict, x, steps=steps, generator=torch.Generator().manual_seed(1))
     assert x.mean().item() == pytest.approx(mean, abs=0.02)
     assert x.std().item() == pytest.approx(deviation, abs=0.05 if steps == 30 else 0.015)
+
+
+def test_the_adaptive_sampler_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(ValueError, match="sampler 'dopri5' needs torchdiffeq: pip install torchdiffeq"):
+        run_sampler("dopri5", lambda x, t: x, torch.zeros(1), steps=1)
 
 
 def test_guidance_on_an_interval():
@@ -230,7 +234,7 @@ def test_two_processes_draw_the_same_bits(model, tmp_path):
     assert len(images(tmp_path / "1")) == 7
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde", "dopri5"])
 def test_flow(sampler, tmp_path):
     tiny_model(in_channels=3, out_channels=3).save_pretrained(tmp_path / "model")
     values = options(
@@ -249,7 +253,7 @@ def test_flow(sampler, tmp_path):
         ({"classes": [5]}, "classes must be from 0 to 4, got 5"),
         ({"classes": [-1]}, "classes must be from 0 to 4, got -1"),
         ({"classes": ["cat"]}, "classes must be numbers or among 0, 1, 2, 3, 4, got 'cat'"),
-        ({"sampler": "euler"}, "sampler must be ancestral or ddim for a model of noise, got 'euler'"),
+        ({"sampler": "euler"}, "sampler must be one of ancestral, ddim for a model of noise, got 'euler'"),
         ({"image_size": [8, 7]}, "image_size must be multiples of 2"),
         ({"sampler_steps": 1001}, "sampler_steps must be at most 1000"),
         ({"count": 0}, "count"),

@@ -120,7 +120,8 @@ class SampleConfig:
         out: folder of the images; an unfinished one is continued
         count: images
         classes: numbers or names, which the images take in turn; null is all classes
-        sampler: ancestral and ddim for noise, euler and heun for velocity; auto is ancestral or euler
+        sampler: ancestral and ddim for noise, and for velocity euler, heun, sde (stochastic) and dopri5 (adaptive steps);
+            auto is ancestral or euler
         sampler_steps: of the sampler
         guidance: scale of classifier-free guidance; 1 is none
         guidance_interval: times, from 0 (data) to 1 (noise), that guidance applies to
@@ -142,7 +143,7 @@ class SampleConfig:
     out: str = "samples"
     count: PositiveInt = 64
     classes: list[int | str] | None = None
-    sampler: Literal["auto", "ancestral", "ddim", "euler", "heun"] = "auto"
+    sampler: Literal["auto", "ancestral", "ddim", "euler", "heun", "sde", "dopri5"] = "auto"
     sampler_steps: PositiveInt = 250
     guidance: NonNegativeFloat = 4.0
     guidance_interval: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.0, 1.0)

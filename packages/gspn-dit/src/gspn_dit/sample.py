@@ -12,12 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -30,38 +24,8 @@ from gspn_core.runs.training import make_accelerator
 from . import checkpoint
 from .config import SampleConfig
 from .models import GSPNDiTTransformer2DModel
+from .samplers import SAMPLERS, run_sampler
 from .vae import DECODER, ENCODER, VAE, decode, factor, fingerprint, load_vae
-
-SAMPLERS = {"noise": ("ancestral", "ddim"), "flow": ("euler", "heun")}
-
-
-def make_scheduler(sampler: str, steps: int, time_shift: float = 1.0) -> Any:
-    """Build diffusers' scheduler of a sampler, set to a number of steps; `time_shift` is of the flow's.
-
-    Raises:
-        ValueError: more steps than the 1000 trained with.
-    """
-    if sampler in SAMPLERS["noise"] and steps > 1000:
-        raise ValueError(f"sampler_steps must be at most 1000, those trained with, got {steps}")
-    linear: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-    scheduler: Any
-    if sampler == "ancestral":
-        # Evenly spaced from 0 to 999, ADM's respacing; the scheduler's own default is not.
-        scheduler = DDPMScheduler(
-            **linear, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
-        )
-    elif sampler == "ddim":
-        # DPM-Solver++ of first order is DDIM, arXiv 2211.01095, and steps to the next of its times; DDIMScheduler
-        # steps by a fixed stride, which misses them where the steps do not divide 1000.
-        scheduler = DPMSolverMultistepScheduler(
-            **linear, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"
-        )
-    elif sampler == "euler":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=time_shift)
-    else:
-        scheduler = FlowMatchHeunDiscreteScheduler(shift=time_shift)
-    scheduler.set_timesteps(steps)
-    return scheduler
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:
@@ -104,7 +68,7 @@ def generate(
         model: on its device, in evaluation mode.
         labels: a class per sample.
         indices: a number per sample; its noise is drawn with `seed` plus that number.
-        sampler: "ancestral" or "ddim" for noise, "euler" or "heun" for velocity.
+        sampler: "ancestral" or "ddim" for noise, "euler", "heun", "sde" or "dopri5" for velocity.
         steps: of the sampler.
         guidance: scale; 1 is none.
         guidance_interval: times from 0 (data) to 1 (noise) that guidance applies to (arXiv 2404.07724).
@@ -123,20 +87,17 @@ def generate(
     x = randn_tensor((len(labels), channels, height, width), generators, device, torch.float32)
     classes = torch.tensor(labels, device=device)
     null = torch.full_like(classes, config.num_classes)
-    scheduler = make_scheduler(sampler, steps, time_shift)
-    options = {"generator": generators} if sampler == "ancestral" else {}
-    for t in scheduler.timesteps:
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
         with autocast() if autocast else torch.autocast(device.type, enabled=False):
             if guidance == 1 or not guidance_interval[0] <= float(t) / 1000 <= guidance_interval[1]:
-                output = model(x.to(model.dtype), t, classes).sample.float()
-            else:
-                both = torch.cat((x, x)).to(model.dtype)
-                output = model(both, t, torch.cat((classes, null))).sample.float()
-                output = guide(output, guidance, min(guidance_channels or channels, channels))
-        if sampler == "ddim":
-            output = output[:, :channels]
-        x = scheduler.step(output, t, x, **options).prev_sample
-    return x
+                alone: Tensor = model(x.to(model.dtype), t, classes).sample.float()
+                return alone
+            both = torch.cat((x, x)).to(model.dtype)
+            output = model(both, t, torch.cat((classes, null))).sample.float()
+            return guide(output, guidance, min(guidance_channels or channels, channels))
+
+    return run_sampler(sampler, predict, x, steps=steps, time_shift=time_shift, generator=generators)
 
 
 def to_pixels(images: Tensor) -> np.ndarray[Any, Any]:
@@ -229,7 +190,7 @@ class Sampling:
         self.sampler = SAMPLERS[objective][0] if config.sampler == "auto" else config.sampler
         if self.sampler not in SAMPLERS[objective]:
             raise ValueError(
-                f"sampler must be {' or '.join(SAMPLERS[objective])} for a model of {objective}, got {config.sampler!r}"
+                f"sampler must be one of {', '.join(SAMPLERS[objective])} for a model of {objective}, got {config.sampler!r}"
             )
         self.vae = self._open_vae(state)
         self.size = self._latent_size(state)

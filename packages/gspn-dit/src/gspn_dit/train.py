@@ -36,7 +36,8 @@ from .config import TrainConfig
 from .data import draw, loader, open_data
 from .losses import make_loss
 from .models import GSPNDiTTransformer2DModel
-from .sample import SAMPLERS, columns_for, generate, grid, save_png, to_pixels
+from .sample import columns_for, generate, grid, save_png, to_pixels
+from .samplers import SAMPLERS
 from .vae import decode, fingerprint, load_vae
 
 FREE = FREE_TO_CHANGE | {"vae", "sample_every", "sample_count", "sampler_steps", "guidance"}
