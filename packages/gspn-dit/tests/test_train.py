@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from dit_cases import tiny_run
 from PIL import Image
 from plain import plain_forward, plain_noise_loss
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gspn_core.runs import checkpoints
 from gspn_core.runs.errors import NonFiniteLossError
@@ -22,9 +23,10 @@ from gspn_core.runs.logs import read_table
 from gspn_core.runs.options import make
 from gspn_core.runs.order import STEP, Order
 from gspn_dit import GSPNDiTTransformer2DModel, checkpoint, train
-from gspn_dit.config import TrainConfig
+from gspn_dit.config import EvaluateConfig, SampleConfig, TrainConfig
 from gspn_dit.data import draw
-from gspn_dit.sample import read_png
+from gspn_dit.evaluate import evaluate
+from gspn_dit.sample import read_png, sample
 
 
 def config(out, **changes):
@@ -220,6 +222,33 @@ def test_it_learns(tmp_path):
     )
     losses = [float(row["mse"]) for row in read_table(tmp_path / "run" / "train.csv")]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_fid_of_samples_during_training(tmp_path):
+    """Is that of `sample` and `evaluate` with the same options, and leaves the weights as they are."""
+    torch.manual_seed(0)
+    kwargs = {"num_classes": 0, "in_chans": 1}
+    save_file(timm.create_model("test_vit", **kwargs).state_dict(), tmp_path / "network.safetensors")
+    network = {"extractor": "timm:test_vit", "extractor_weights": str(tmp_path / "network.safetensors")}
+    network["extractor_kwargs"] = kwargs
+    options = {"fid_every": 3, "fid_count": 70, "reference": "digits:0:80", "sample_every": None, **network}
+    train.train(config(tmp_path / "measured", **options))
+    train.train(config(tmp_path / "plain", sample_every=None))
+    assert_same_run(tmp_path / "measured", tmp_path / "plain")
+    rows = read_table(tmp_path / "measured" / "validation.csv")
+    assert [row["step"] for row in rows] == ["3", "6"]
+    drawn = {"count": 70, "sampler_steps": 2, "guidance": 4.0, "batch_size": 8, "progress": False, "device": "cpu"}
+    sample(make(SampleConfig, {"checkpoint": str(tmp_path / "plain"), "out": str(tmp_path / "drawn"), **drawn}))
+    found = evaluate(
+        make(
+            EvaluateConfig,
+            {"samples": str(tmp_path / "drawn" / "images"), "reference": "digits:0:80", "metrics": ["fid"]}
+            | {"device": "cpu", "progress": False, **network},
+        )
+    )
+    assert float(rows[-1]["fid"]) == pytest.approx(found["fid"], rel=1e-4)
+    with pytest.raises(ValueError, match="reference must be given to compute the FID of samples, got none"):
+        train.train(config(tmp_path / "none", fid_every=3, **network))
 
 
 def test_start_from_another_run(whole, tmp_path):

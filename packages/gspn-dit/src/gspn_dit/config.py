@@ -80,6 +80,12 @@ class TrainConfig(TrainingOptions):
         sample_count: images in a grid
         sampler_steps: of the sampler
         guidance: scale of classifier-free guidance; 1 is none
+        fid_every: updates between measurements of the FID of samples, drawn as for the grid; null measures none
+        fid_count: samples to measure
+        reference: real images for the FID, as of evaluate
+        extractor: network whose features the FID compares, as of evaluate
+        extractor_weights: local file of it
+        extractor_kwargs: further arguments of a timm model
     """
 
     model: str = "GSPN-B/2"
@@ -102,6 +108,12 @@ class TrainConfig(TrainingOptions):
     sample_count: PositiveInt = 16
     sampler_steps: PositiveInt = 50
     guidance: NonNegativeFloat = 4.0
+    fid_every: PositiveInt | None = None
+    fid_count: PositiveInt = 10_000
+    reference: str | None = None
+    extractor: str = "inception"
+    extractor_weights: str | None = None
+    extractor_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.objective == "noise" and (self.times, self.time_shift) != ("uniform", 1.0):
@@ -120,7 +132,7 @@ class SampleConfig:
         out: folder of the images; an unfinished one is continued
         count: images
         classes: numbers or names, which the images take in turn; null is all classes
-        sampler: ancestral and ddim for noise, and for velocity euler, heun, sde (stochastic) and dopri5 (adaptive steps);
+        sampler: ancestral and ddim for noise; euler, heun, sde (stochastic) and dopri5 (adaptive steps) for velocity;
             auto is ancestral or euler
         sampler_steps: of the sampler
         guidance: scale of classifier-free guidance; 1 is none

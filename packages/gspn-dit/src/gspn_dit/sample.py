@@ -189,9 +189,8 @@ class Sampling:
         objective = state.get("objective") or ("noise" if model.out_channels > model.config.in_channels else "flow")
         self.sampler = SAMPLERS[objective][0] if config.sampler == "auto" else config.sampler
         if self.sampler not in SAMPLERS[objective]:
-            raise ValueError(
-                f"sampler must be one of {', '.join(SAMPLERS[objective])} for a model of {objective}, got {config.sampler!r}"
-            )
+            known = ", ".join(SAMPLERS[objective])
+            raise ValueError(f"sampler must be one of {known} for a model of {objective}, got {config.sampler!r}")
         self.vae = self._open_vae(state)
         self.size = self._latent_size(state)
         self.out = Path(config.out)

@@ -36,11 +36,12 @@ from .config import TrainConfig
 from .data import draw, loader, open_data
 from .losses import make_loss
 from .models import GSPNDiTTransformer2DModel
-from .sample import columns_for, generate, grid, save_png, to_pixels
-from .samplers import SAMPLERS
-from .vae import decode, fingerprint, load_vae
+from .monitor import Monitor
+from .sample import save_png
+from .vae import fingerprint, load_vae
 
 FREE = FREE_TO_CHANGE | {"vae", "sample_every", "sample_count", "sampler_steps", "guidance"}
+FREE |= {"fid_every", "fid_count", "reference", "extractor", "extractor_weights", "extractor_kwargs"}
 
 
 class Trainer:
@@ -64,6 +65,7 @@ class Trainer:
             vae_fingerprint=fingerprint(self.vae) if self.vae else None,
         )
         self.class_names = self.source.class_names
+        self.monitor = Monitor(config, self.accelerator, self.source.shape, len(self.class_names), self.vae)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.order = Order(
             len(self.source),
@@ -235,34 +237,27 @@ class Trainer:
     def _rows(self) -> list[list[float]]:
         return self.meter.collect(self.step, self.lr, checkpoints.latest(self.checkpoints))
 
-    def _draw_samples(self) -> None:
-        """Write a grid of samples of the averaged weights, or of the plain ones where none are kept."""
-        config = self.config
-        if not self.accelerator.is_main_process or (self.vae is None and self.source.shape[0] not in (1, 3)):
-            return
-        labels = [number % len(self.class_names) for number in range(config.sample_count)]
+    def _sampled(self) -> Any:
+        """Return the model to sample from, in evaluation mode: the averaged weights, or the plain ones without."""
         model: Any = self.bare_model if self.ema is None else self.ema.module
-        was_training = model.training
-        x = generate(
-            model.eval(),
-            labels,
-            range(len(labels)),
-            sampler=SAMPLERS[config.objective][0],
-            steps=config.sampler_steps,
-            seed=config.seed,
-            guidance=config.guidance,
-            time_shift=config.time_shift,
-            size=self.source.shape[1:],  # type: ignore[arg-type]
-            autocast=self.accelerator.autocast,
-        )
-        model.train(was_training)
-        if self.vae is not None:
-            self.vae.to(x.device)
-            x = decode(self.vae, x)
-        page = grid(to_pixels(x), columns_for(len(labels), len(self.class_names)))
+        return model.eval()
+
+    def _draw_samples(self) -> None:
+        """Write a grid of samples."""
+        if not self.accelerator.is_main_process or not self.monitor.visible:
+            return
+        page = self.monitor.grid(self._sampled())
+        self.bare_model.train()
         make_folder(self.folder / "samples")
         save_png(page, self.folder / "samples" / f"step-{self.step:08d}.png")
         self.log.add_image("samples", self.step, page)
+
+    def _measure(self) -> None:
+        """Log the FID of samples; every process calls it."""
+        fid = self.monitor.fid(self._sampled())
+        self.bare_model.train()
+        if fid is not None:
+            self.log.add("validation", self.step, fid=fid)
 
     def run(self) -> dict[str, Any]:
         """Train to the end.
@@ -290,6 +285,8 @@ class Trainer:
         if main:
             write_text(self.folder / "config.yaml", to_yaml(self.config))
             tables = {"train": [*self._columns, "lr", "images_per_second"]}
+            if self.config.fid_every is not None:
+                tables["validation"] = ["fid"]
             self.log = Log(
                 self.folder,
                 tables,
@@ -321,14 +318,14 @@ class Trainer:
                 self.meter.add(self._update(batches))
                 bar.update()
                 last = self.step == config.steps
-                log, save, grid_due = (
+                log, save, grid_due, fid_due = (
                     every is not None and (last or self.step % every == 0)
-                    for every in (config.log_every, config.checkpoint_every, config.sample_every)
+                    for every in (config.log_every, config.checkpoint_every, config.sample_every, config.fid_every)
                 )
                 if termination.asked(self.step) and not last:
                     self._save()
                     raise TerminatedError(f"terminated after {self.step} updates, which are saved")
-                if not (log or save or grid_due):
+                if not (log or save or grid_due or fid_due):
                     continue
                 rows, speed = self._rows(), self.meter.images_per_second
                 if log:
@@ -342,6 +339,8 @@ class Trainer:
                     self._save()
                 if grid_due:
                     self._draw_samples()
+                if fid_due:
+                    self._measure()
                 self.meter.restart()
 
     def _introduction(self) -> str:
