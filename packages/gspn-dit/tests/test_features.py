@@ -241,7 +241,7 @@ def test_bad_vaes(tmp_path):
     with pytest.raises(ValueError, match=r"the VAE in .* is damaged or incomplete: .*no file named"):
         load_vae(str(vae))
     config.write_text(text.replace('"AutoencoderKL"', '"AutoencoderOobleck"'))
-    with pytest.raises(ValueError, match="vae must be one of AutoencoderKL, .*, got AutoencoderOobleck in"):
+    with pytest.raises(ValueError, match=r"vae must be one of AutoencoderKL, .*, got AutoencoderOobleck in"):
         load_vae(str(vae))
     config.write_text("{")
     with pytest.raises(ValueError, match=r"the VAE in .* is damaged: .*not a valid JSON file"):

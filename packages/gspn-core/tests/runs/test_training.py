@@ -170,3 +170,10 @@ def test_tf32_is_switched_on_and_not_off():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_models_are_refused(variable, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"{variable} must not be set: several processes train with"):
+        make_accelerator("cpu")

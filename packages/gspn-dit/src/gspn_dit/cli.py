@@ -1,4 +1,4 @@
-"""Class-conditional diffusion with GSPN, a command each: extract, train, sample, evaluate.
+"""Class-conditional diffusion with GSPN, a command each: extract, train, average, sample, evaluate.
 
 Options come from the command line and from YAML files (`--config`). Under `torchrun` or `accelerate launch` all
 commands run in several processes.
@@ -27,6 +27,11 @@ COMMANDS = {
         "train a model, or continue a run",
         resumable=True,
         shipped=True,
+    ),
+    "average": Command(
+        "gspn_dit.config:AverageConfig",
+        "gspn_dit.averages:average",
+        "average a run's weights over a length chosen now",
     ),
     "sample": Command(
         "gspn_dit.config:SampleConfig",

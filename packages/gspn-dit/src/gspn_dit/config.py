@@ -76,6 +76,8 @@ class TrainConfig(TrainingOptions):
         time_shift: of the flow, shifts times towards noise, t' = s t / (1 + (s - 1) t); 1 does not
         label_dropout: share of labels replaced by the null class, for classifier-free guidance
         compile: compile the blocks with torch.compile
+        average_every: updates between snapshots of two power-function averages of the weights, of which `average` makes
+            one of any length; null keeps none
         sample_every: updates between grids of samples; null draws none
         sample_count: images in a grid
         sampler_steps: of the sampler
@@ -104,6 +106,7 @@ class TrainConfig(TrainingOptions):
     time_shift: PositiveFloat = 1.0
     label_dropout: ClosedUnitInterval = 0.1
     compile: bool = False
+    average_every: PositiveInt | None = None
     sample_every: PositiveInt | None = 1_000
     sample_count: PositiveInt = 16
     sampler_steps: PositiveInt = 50
@@ -119,6 +122,25 @@ class TrainConfig(TrainingOptions):
         if self.objective == "noise" and (self.times, self.time_shift) != ("uniform", 1.0):
             raise ValueError(f"times and time_shift are of the objective flow, got {self.times}, {self.time_shift}")
         super().__post_init__()
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class AverageConfig:
+    """Every option of `gspn-dit average`.
+
+    Args:
+        checkpoint: a run that was trained with average_every
+        out: folder of the model
+        length: deviation of the average's profile relative to the updates so far, above 0 and below 0.28
+        step: updates after which; null is those of the last snapshot
+        progress: show progress bars
+    """
+
+    checkpoint: str
+    out: str
+    length: PositiveFloat = 0.1
+    step: PositiveInt | None = None
+    progress: bool = True
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)

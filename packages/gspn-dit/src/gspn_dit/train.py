@@ -31,6 +31,7 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
+from .averages import PowerAverages
 from .checkpoint import CONFIG, FORMAT, WEIGHTS, load_model
 from .config import TrainConfig
 from .data import draw, loader, open_data
@@ -138,6 +139,7 @@ class Trainer:
             self.ema = averaged(self.bare_model, config.ema_decay, warmup=config.ema_warmup)
         warmup = int(warmup_of(config.warmup_steps, config.steps))
         self.lr = LearningRate(config.lr, config.min_lr, config.lr_schedule, config.steps, warmup)
+        self.averages = None if config.average_every is None else PowerAverages(self.bare_model)
         options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.AdamW(self.bare_model.parameters(), **options)
         if config.compile:
@@ -145,6 +147,8 @@ class Trainer:
         self.model, self.stepper = self.accelerator.prepare(self.bare_model, self.optimizer)
         if newest:
             self.step = state["step"]
+            if self.averages is not None:
+                self.averages.restore(newest, self.step)
             checkpoints.unpack(
                 newest, state, self.bare_model, self.optimizer, self.ema, WEIGHTS["ema"], self.accelerator.scaler
             )
@@ -174,6 +178,8 @@ class Trainer:
             tensors = {WEIGHTS["model"]: self.bare_model.state_dict(), checkpoints.OPTIMIZER: moments}
             if self.ema is not None:
                 tensors[WEIGHTS["ema"]] = self.ema.module.state_dict()
+            if self.averages is not None:
+                tensors |= self.averages.tensors
             state = {
                 "format": FORMAT,
                 "step": self.step,
@@ -232,6 +238,8 @@ class Trainer:
         self.step += 1
         if self.ema is not None:
             self.ema.update_parameters(self.bare_model)
+        if self.averages is not None:
+            self.averages.update(self.bare_model)
         return total
 
     def _rows(self) -> list[list[float]]:
@@ -318,10 +326,15 @@ class Trainer:
                 self.meter.add(self._update(batches))
                 bar.update()
                 last = self.step == config.steps
-                log, save, grid_due, fid_due = (
+                log, save, grid_due, fid_due, snapshot = (
                     every is not None and (last or self.step % every == 0)
-                    for every in (config.log_every, config.checkpoint_every, config.sample_every, config.fid_every)
+                    for every in (
+                        *(config.log_every, config.checkpoint_every),
+                        *(config.sample_every, config.fid_every, config.average_every),
+                    )
                 )
+                if snapshot and main and self.averages is not None:
+                    self.averages.store(self.folder, self.step)
                 if termination.asked(self.step) and not last:
                     self._save()
                     raise TerminatedError(f"terminated after {self.step} updates, which are saved")

@@ -58,9 +58,12 @@ def make_accelerator(device: str, precision: str = "fp32", accumulate: int = 1, 
     """Make the Accelerator of options `device`, `precision`, `accumulate` and `tf32`.
 
     Raises:
-        ValueError: the device does not compute in this precision.
+        ValueError: the device does not compute in this precision, or accelerate was told to shard the model.
     """
     on_cpu = use_cpu(device)
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if parse_flag_from_env(variable):
+            raise ValueError(f"{variable} must not be set: several processes train with DistributedDataParallel alone")
     if precision == "fp16" and on_cpu:
         raise ValueError("precision must be fp32 or bf16 on the CPU, got fp16")
     if tf32:
