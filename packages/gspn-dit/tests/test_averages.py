@@ -81,6 +81,8 @@ def test_of_a_run(tmp_path):
         ({"step": 1}, ValueError, "step must be at least 2, got 1"),
         ({"checkpoint": "absent"}, FileNotFoundError, "no checkpoint in 'absent'"),
         ({"checkpoint": str(out)}, FileNotFoundError, "no averages in .*; train with average_every"),
+        ({"out": run}, ValueError, "out must be a new folder or that of a model"),
+        ({"out": __file__}, ValueError, "out must be a new folder or that of a model"),
         ({"out": str(tmp_path)}, ValueError, "out must be a new folder or that of a model"),
     ):
         with pytest.raises(error, match=message):

@@ -139,7 +139,7 @@ def _sum(files: Sequence[Path], factors: Sequence[float], *, progress: bool) -> 
     kinds: dict[str, torch.dtype] = {}
 
     def parts() -> Iterator[tuple[Path, float]]:
-        yield from tqdm(list(zip(files, factors, strict=True)), desc="snapshots", disable=not progress)
+        yield from tqdm(list(zip(files, factors, strict=True)), desc="snapshots", unit="file", disable=not progress)
 
     for file, factor in parts():
         for name, tensor in read_tensors(file).items():
@@ -155,7 +155,9 @@ def average(config: AverageConfig) -> dict[str, Any]:
         FileNotFoundError: there is no run, or it has no snapshots.
         ValueError: the length is out of range, or the run has not come to that step.
     """
-    run = Path(config.checkpoint)
+    run, out = Path(config.checkpoint), Path(config.out)
+    if out.exists() and not (out / CONFIG).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out must be a new folder or that of a model, got {config.out!r}")
     newest = locate(run)
     found = find_snapshots(run)
     if not found:
@@ -170,9 +172,6 @@ def average(config: AverageConfig) -> dict[str, Any]:
     factors = combine([found[file] for file in files], Profile(step, exponent(config.length)))
     weights = _sum(files, factors.tolist(), progress=config.progress)
     state = {key: value for key, value in checkpoints.read_state(newest, FORMAT).items() if key not in _OF_TRAINING}
-    out = Path(config.out)
-    if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir()):
-        raise ValueError(f"out must be a new folder or that of a model, got {config.out!r}")
     with replacing_folder(out) as temporary:
         store_tensors(temporary / WEIGHTS["model"], weights)
         (temporary / CONFIG).write_text(json.dumps(read_json(newest / CONFIG), indent=2) + "\n", encoding="utf-8")

@@ -121,6 +121,8 @@ class TrainConfig(TrainingOptions):
     def __post_init__(self) -> None:
         if self.objective == "noise" and (self.times, self.time_shift) != ("uniform", 1.0):
             raise ValueError(f"times and time_shift are of the objective flow, got {self.times}, {self.time_shift}")
+        if self.fid_count < 2:
+            raise ValueError(f"fid_count must be at least 2, got {self.fid_count}")
         super().__post_init__()
 
 

@@ -64,16 +64,16 @@ class Monitor:
         if config.reference is None or not self.visible:
             missing = "reference" if config.reference is None else "vae"
             raise ValueError(f"{missing} must be given to compute the FID of samples, got none")
+        images, statistics = open_reference(config.reference, inception=config.extractor == "inception")
+        self._target: Moments | None = statistics.get("fid")
+        self._references = None if self._target else images
+        if self._target is None and images is None:
+            raise ValueError(f"reference must hold images or mu and sigma, got neither in {config.reference}")
         with accelerator.local_main_process_first():  # which alone downloads
             network = build_extractor(
                 config.extractor, weights=config.extractor_weights, kwargs=config.extractor_kwargs
             )
             self.extractor = network.to(accelerator.device)
-        images, statistics = open_reference(config.reference, inception=self.extractor.inception)
-        self._target: Moments | None = statistics.get("fid")
-        self._references = None if self._target else images
-        if self._target is None and images is None:
-            raise ValueError(f"reference must hold images or mu and sigma, got neither in {config.reference}")
 
     def draw(self, model: Any, indices: range) -> Any:
         """Return samples as uint8 pixels, (n, H, W, 3)."""

@@ -360,7 +360,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.bare_model.parameters())
         go_on = f", from update {self.step} on" if self.step else ""
         return (
-            f"{self.config.model}, {parameters / 1e6:.1f} million parameters, on {self.accelerator.device}; "
+            f"{self.config.model}, {parameters:,} parameters, on {self.accelerator.device}; "
             f"{len(self.source):,} images of {len(self.class_names)} classes from {self.config.data}; "
             f"{self.config.steps:,} updates of {next(iter(self._facts.values()))} images{go_on}; to {self.folder}"
         )
