@@ -367,6 +367,15 @@ def test_folders_that_are_easily_mistaken(tmp_path, photographs):
         open_images(str(unsorted), "val")
 
 
+def test_hidden_folders_and_loops_of_links(tmp_path, photographs):
+    root = shutil.copytree(photographs, tmp_path / "root")
+    for place in (root, root / "china"):
+        shutil.copytree(photographs / "flower", place / ".ipynb_checkpoints")
+    (root / "flower" / "again").symlink_to(root)
+    images = open_images(str(root))
+    assert (len(images), images.class_names) == (12, ["china", "flower"])
+
+
 def test_bad_folders(tmp_path, photographs):
     with pytest.raises(FileNotFoundError, match=r"no folder '.*absent'"):
         open_images(str(tmp_path / "absent"))

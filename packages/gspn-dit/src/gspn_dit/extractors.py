@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -77,6 +78,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"extractor_weights: {path} cannot be read as weights ({error})") from error
 
 
+# Where a call of Inception keeps its spatial features: of the call, not of the module, which threads may share.
+_SPATIAL: ContextVar[list[Tensor]] = ContextVar("_SPATIAL")
+
+
+def _keep_spatial(module: nn.Module, inputs: tuple[Tensor, ...], output_NCHW: Tensor) -> None:
+    _SPATIAL.get().append(output_NCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1))
+
+
 class InceptionExtractor(Extractor):
     """The InceptionV3 of FID, ported by torch-fidelity, with the spatial features of sFID.
 
@@ -111,16 +120,17 @@ class InceptionExtractor(Extractor):
                 f"the InceptionV3 weights cannot be downloaded ({error}): get {URL_INCEPTION_V3} "
                 f"and give the file {URL_INCEPTION_V3.rsplit('/', 1)[1]} as extractor_weights"
             ) from error
-        self._spatial: Tensor | None = None
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-
-    def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor, ...], output_NCHW: Tensor) -> None:
-        self._spatial = output_NCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(_keep_spatial)
 
     def forward(self, images: Tensor) -> Features:
         """Features (N, 2048), (N, 2023) and logits (N, 1008) without bias, of uint8 images of any size."""
-        pool, logits = self.network(convert_channels(images, 3))
-        return Features(pool, self._spatial, logits)
+        kept: list[Tensor] = []
+        before = _SPATIAL.set(kept)
+        try:
+            pool, logits = self.network(convert_channels(images, 3))
+        finally:
+            _SPATIAL.reset(before)
+        return Features(pool, kept[0], logits)
 
 
 class TimmExtractor(Extractor):

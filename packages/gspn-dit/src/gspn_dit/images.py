@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from gspn_core.runs.images import UnreadableImageError, read_image
+from gspn_core.runs.images import UnreadableImageError, find_images, read_image
 
 _SYNONYMS = {"val": "validation", "validation": "val"}
 _SPLITS = ("train", "val", "validation", "test")
@@ -184,7 +184,7 @@ def _class_folder(folder: Path, split: str | None) -> Any:
     for a class of that name.
     """
     import datasets
-    from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
     subfolders = _subfolders(folder)
     if any((place / f"metadata.{kind}").is_file() for place in (folder, *subfolders) for kind in _METADATA):
@@ -196,7 +196,7 @@ def _class_folder(folder: Path, split: str | None) -> Any:
         return None
     root = splits[_choose_split(list(splits), split, str(folder))] if splits else folder
     numbers = {path.name: number for number, path in enumerate(_subfolders(root))}
-    samples = make_dataset(str(root), numbers, IMG_EXTENSIONS, allow_empty=True)
+    samples = [(str(file), n) for name, n in numbers.items() for file in find_images(root / name, IMG_EXTENSIONS)]
     if not samples:
         return None
     if not splits:

@@ -16,7 +16,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from gspn_core.runs.images import read_image
+from gspn_core.runs.images import find_images, read_image
 
 from .extractors import Batches
 from .images import open_images
@@ -100,7 +100,7 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        self.files = find_images(folder, SUFFIXES)
         if not self.files:
             raise ValueError(f"{folder}: must hold PNG or JPEG files, got none")
         self._shape = self._read(self.files[0]).shape

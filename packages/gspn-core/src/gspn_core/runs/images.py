@@ -1,9 +1,11 @@
-"""One way to decode image files: upright, 8 bits per channel, and one error for whatever a decoder raises."""
+"""One way to find and to decode image files: upright, 8 bits per channel, one error for whatever a decoder raises."""
 
 from __future__ import annotations
 
 import errno
 import io
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +15,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 class UnreadableImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
+
+
+def find_images(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files below a folder whose names end in one of `suffixes`, such as ".png", sorted by path.
+
+    Hidden files and folders, such as `.ipynb_checkpoints`, are passed over. Links are followed, but for those to a folder
+    that they lie in, which would repeat it without end. A link to nothing is among the files; reading it names it.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        inner = {name: os.path.realpath(os.path.join(place, name)) for name in folders if name[0] != "."}
+        folders[:] = [name for name, real in inner.items() if os.path.commonpath((real, here)) != real]
+        found += [Path(place, name) for name in names if name[0] != "." and name.lower().endswith(tuple(suffixes))]
+    return sorted(found)
 
 
 def read_image(file: str | Path | bytes | IO[bytes], name: str | None = None) -> Image.Image:
