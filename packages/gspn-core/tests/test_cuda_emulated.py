@@ -229,3 +229,25 @@ def test_a_constant_field_stays_constant(emulated, size, path):
     lam = torch.zeros(1, 1, 1, *size)
     lam[..., 0, :] = 1
     assert torch.equal(propagate(x, logits, lam, directions=["top_to_bottom"]), x)
+
+
+@pytest.mark.parametrize(
+    "path,size,channels,gates",
+    [(path, *case) for path in ("auto", *PATHS) for case in (((20, 33), 4, 1), ((20, 33), 5, 5), ((7, 7), 8, 1))],
+    ids=str,
+)
+def test_an_image_does_not_depend_on_its_batch(emulated, path, size, channels, gates):
+    """Nor do its gradients, bit for bit."""
+    emulated.cuda_select_path(path)
+    inputs = propagate_inputs(3, channels, *size, groups=gates, lam=gates, u=gates, dtype=torch.float32)
+    dy = randn(*inputs[0].shape, seed=4)
+
+    def run(rows):
+        leaves = [t[rows].detach().clone().requires_grad_() for t in inputs]
+        y = propagate(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy[rows])]
+
+    whole = run(slice(None))
+    for n in range(3):
+        for ours, theirs in zip(run(slice(n, n + 1)), whole, strict=True):
+            assert torch.equal(ours, theirs[n : n + 1])
