@@ -77,6 +77,25 @@ def test_lines_of_several_strips(emulated, dtype, size, groups, path):
     check_propagate(propagate_inputs(1, 3, *size, groups=groups, lam=1, u=3, dtype=dtype))
 
 
+# Rows of whole vectors, with weights for every channel: vertical scans load straight into registers.
+@pytest.mark.parametrize(
+    "dtype,size,chunk_size,path",
+    covering([torch.float32, torch.bfloat16], [(19, 56), (11, 128)], [None, 7], PATHS[1:]),
+    ids=str,
+)
+def test_rows_of_vectors(emulated, dtype, size, chunk_size, path):
+    emulated.cuda_select_path(path)
+    height, width = size
+    check_propagate(propagate_inputs(2, 3, *size, groups=3, lam=3, u=1, dtype=dtype), chunk_size=chunk_size)
+    check_propagate(propagate_inputs(1, 2, *size, groups=2, dtype=dtype), chunk_size=chunk_size)
+    weights = 0.5 * randn(2, 3, 3, height, width, dtype=dtype)
+    for direction in ("top_to_bottom", "bottom_to_top"):
+        inputs = [randn(2, 3, height, width, dtype=dtype), weights, randn(2, 3, height, width, dtype=dtype)]
+        check_line_scan(inputs, direction=direction, chunk_size=chunk_size)
+    inputs[0] = randn(2, 3, height, width + 1, dtype=dtype)[..., 1:]  # not aligned: the general kernels
+    check_line_scan(inputs, direction="top_to_bottom", chunk_size=chunk_size)
+
+
 def test_float16_has_kernels_of_its_own(emulated):
     """They are not part of the emulation, see emulation/unbuilt.cpp; the call finds them."""
     with pytest.raises(ValueError, match="built without Float16"):

@@ -118,14 +118,14 @@ __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const Wei
   }
 }
 
-template <class C>
+template <class C, bool kHorizontal>
 __global__ void __launch_bounds__(32 * kBackwardWarps)
     strip_backward(const __grid_constant__ Params p, const __grid_constant__ StripLaunch l) {
   using T = typename C::T;
   using A = typename C::A;
   const Scan scan = make_scan(p, l.d);
   const Job<C> job(p, l, scan);
-  const bool need_states = p.dweights.data != nullptr || p.du.data != nullptr, horizontal = scan.horizontal;
+  const bool need_states = p.dweights.data != nullptr || p.du.data != nullptr;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) & 31;
   const int strip = warp / C::CW, cw = job.strips.channel_warp;
   const int interval = int(p.interval);
@@ -203,10 +203,10 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
       if (begin > job.begin) checkpoints.restore(begin, w, h);
       put_row<C>(states, 0, h);
       for (; w.i0 < end; w = window(job, scan, w.i0 + C::K, end)) {
-        weight_loader.load(w, horizontal, cw);
-        input.load(w, horizontal);
-        weight_loader.put(weights, w, horizontal, cw);
-        input.put(tile, w, horizontal);
+        weight_loader.load(w, kHorizontal, cw);
+        input.load(w, kHorizontal);
+        weight_loader.put(weights, w, kHorizontal, cw);
+        input.put(tile, w, kHorizontal);
         share_barrier<C>();
         if (w.i0 > begin && l.strips > 1) {
           job.strips.exchange(halos, exchanges++ & 1, h, l.cluster);
@@ -223,15 +223,15 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
 
     for (int i0 = begin + (end - 1 - begin) / C::K * C::K; i0 >= begin; i0 -= C::K) {
       const Window w = window(job, scan, i0, end);
-      weight_loader.load(w, horizontal, cw);
-      source.load(w, horizontal);
-      weight_loader.put(weights, w, horizontal, cw);
-      source.put(tile, w, horizontal);
+      weight_loader.load(w, kHorizontal, cw);
+      source.load(w, kHorizontal);
+      weight_loader.put(weights, w, kHorizontal, cw);
+      source.put(tile, w, kHorizontal);
       share_barrier<C>();
       if (i0 > job.begin) {  // prefetch the next tile while this one is computed
         const Window before = window(job, scan, i0 - C::K > job.begin ? i0 - C::K : job.begin, i0);
-        prefetch_tile<C>(source.value, before, horizontal);
-        if (source.gate) prefetch_tile<C>(source.gate, before, horizontal);
+        prefetch_tile<C>(source.value, before, kHorizontal);
+        if (source.gate) prefetch_tile<C>(source.gate, before, kHorizontal);
       }
       if (!last_tile && l.strips > 1) job.strips.exchange(halos, exchanges++ & 1, v, l.cluster);
       last_tile = false;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
         const int start = opaque(lane);
 #pragma unroll
         for (int e = 0; e < C::kElements; ++e) {
-          const Place at = place<C>(horizontal, e * 32 + start);
+          const Place at = place<C>(kHorizontal, e * 32 + start);
           if (!inside<C>(w, at) || !job.strips.owns(at.col) || !channels.owns(at.col)) continue;
           const int i = i0 + at.m, j = position_of<C>(w, at.col);
           const A g = tile[at.m * C::kPitch + at.col];
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
         const int start = opaque(cw * 32 + lane);
 #pragma unroll
         for (int e = 0; e < C::kShare; ++e) {
-          const Place at = place<C>(horizontal, e * C::CW * 32 + start);
+          const Place at = place<C>(kHorizontal, e * C::CW * 32 + start);
           if (!inside<C>(w, at) || !job.strips.owns(at.col) || !channels.owns(at.col)) continue;
           const int i = i0 + at.m, j = position_of<C>(w, at.col);
           const bool has_left = j > 0, has_right = j + 1 < w.length;

@@ -111,6 +111,23 @@ __device__ __forceinline__ int opaque(int v) {
   return v;
 }
 
+// Reads 2 to 16 aligned bytes of global memory that the kernel does not write, in one load.
+template <class V>
+__device__ __forceinline__ V load_vector(const V* p) {
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one load");
+  V out;
+  const auto copy = [&](const auto raw) { memcpy(&out, &raw, sizeof(V)); };
+  if constexpr (sizeof(V) == 16)
+    copy(__ldg(reinterpret_cast<const uint4*>(p)));
+  else if constexpr (sizeof(V) == 8)
+    copy(__ldg(reinterpret_cast<const uint2*>(p)));
+  else if constexpr (sizeof(V) == 4)
+    copy(__ldg(reinterpret_cast<const unsigned*>(p)));
+  else
+    copy(__ldg(reinterpret_cast<const unsigned short*>(p)));
+  return out;
+}
+
 // Prefetches the memory at p into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -258,6 +275,10 @@ A from_upper_lane(A v) {
   return threadIdx.x % kLanes == kLanes - 1 ? A(0) : other;
 }
 inline int opaque(int v) { return v; }
+template <class V>
+V load_vector(const V* p) {
+  return *p;
+}
 inline void prefetch(const void*) {}
 inline unsigned char* shared_memory() { return emulator::dynamic_shared_memory(); }
 inline int cluster_rank() { return emulator::cluster_rank(); }

@@ -96,6 +96,11 @@ struct Checkpoints {
   __device__ __forceinline__ bool due(int line) const {
     return count > 0 && line > 0 && line % interval == 0 && line / interval <= count;
   }
+  // The next line after `line` before which the state is saved; -1 if there is none.
+  __device__ __forceinline__ int after(int line) const {
+    const int number = line < interval ? 1 : line / interval + 1;
+    return number <= count ? number * interval : -1;
+  }
   // A chunk starts from a state of zero, whatever the lane still holds.
   __device__ __forceinline__ void save(int line, const Window& w, const Channels<C>& channels, const Strips<C>& strips,
                                        const A (&h)[C::P], bool starts_chunk) const {
@@ -201,8 +206,9 @@ __device__ __forceinline__ Window window(const Job<C>& job, const Scan& scan, in
   return {i0, end - i0 < C::K ? end - i0 : C::K, job.strips.first_position(), int(scan.length)};
 }
 
-// One block (or cluster) per image, channel block and chunk; a warp per strip and channel of the block.
-template <class C>
+// One block (or cluster) per image, channel block and chunk; a warp per strip and channel of the block. The direction
+// is a template argument, so that addresses are computed for it alone.
+template <class C, bool kHorizontal>
 __global__ void __launch_bounds__(32 * kForwardWarps)
     strip_forward(const __grid_constant__ Params p, const __grid_constant__ StripLaunch l) {
   using T = typename C::T;
@@ -224,24 +230,24 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
 
   A h[C::P] = {};
   Window w = window(job, scan, job.begin, job.end);
-  weight_loader.load(w, scan.horizontal, cw);
-  input.load(w, scan.horizontal);
+  weight_loader.load(w, kHorizontal, cw);
+  input.load(w, kHorizontal);
   if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
 #pragma unroll 1
   for (int t = 0; w.i0 < job.end; ++t) {
-    weight_loader.put(weights, w, scan.horizontal, cw);
-    input.put(tile, w, scan.horizontal);
+    weight_loader.put(weights, w, kHorizontal, cw);
+    input.put(tile, w, kHorizontal);
     share_barrier<C>();
-    if (job.active) output.load(w, scan.horizontal, job.strips);
+    if (job.active) output.load(w, kHorizontal, job.strips);
     const Window next = window(job, scan, w.i0 + C::K, job.end);
     if (next.i0 < job.end) {  // loads overlap the computation of this tile
-      weight_loader.load(next, scan.horizontal, cw);
-      input.load(next, scan.horizontal);
+      weight_loader.load(next, kHorizontal, cw);
+      input.load(next, kHorizontal);
     }
     if (t > 0 && l.strips > 1) job.strips.exchange(halos, t & 1, h, l.cluster);
     scan_tile<C>(p, h, weights, tile, w, checkpoints, job.channels, job.strips, job.active);
     __syncwarp();
-    if (job.active) output.store(tile, w, scan.horizontal, job.channels, job.strips);
+    if (job.active) output.store(tile, w, kHorizontal, job.channels, job.strips);
     share_barrier<C>();
     w = next;
   }
@@ -309,7 +315,9 @@ __global__ void __launch_bounds__(64 * C::CW)
   }
   __syncthreads();
 
-  for (int round = 0; round < l.rounds; ++round) {
+  // One round: two opposite directions, or one; a function of their axis, so that addresses are computed for it alone.
+  const auto run = [&](int round, auto axis) {
+    constexpr bool kHorizontal = decltype(axis)::value;
     const bool runs = l.slots[round][side] >= 0, paired = l.slots[round][0] >= 0 && l.slots[round][1] >= 0;
     const int d = l.slots[round][runs ? side : 1 - side];
     const Scan scan = make_scan(p, d);
@@ -340,24 +348,24 @@ __global__ void __launch_bounds__(64 * C::CW)
         return Window{begin + t * C::K, left < 0 ? 0 : left < C::K ? left : C::K, 0, length};
       };
       const bool stores = round == 0 && phase == 0;  // the first to write the sums
-      weight_loader.load(window_of(0), scan.horizontal, cw);
-      input.load(window_of(0), scan.horizontal);
+      weight_loader.load(window_of(0), kHorizontal, cw);
+      input.load(window_of(0), kHorizontal);
 #pragma unroll 1
       for (int t = 0; t < tiles; ++t) {
         const Window w = window_of(t), next = window_of(t + 1);
-        weight_loader.put(weights, w, scan.horizontal, cw);
-        input.put(tile, w, scan.horizontal);
+        weight_loader.put(weights, w, kHorizontal, cw);
+        input.put(tile, w, kHorizontal);
         share_barrier<C>();
         Fragment<C, T, C::kElements> raw_u;
-        if (u) raw_u.load(u, w, scan.horizontal);
-        weight_loader.load(next, scan.horizontal, cw);  // overlaps the computation of this tile
-        input.load(next, scan.horizontal);
+        if (u) raw_u.load(u, w, kHorizontal);
+        weight_loader.load(next, kHorizontal, cw);  // overlaps the computation of this tile
+        input.load(next, kHorizontal);
         scan_tile<C>(p, h, weights, tile, w, checkpoints, job.channels, job.strips, job.active);
         __syncwarp();
         const int opaque_lane = opaque(lane);
 #pragma unroll
         for (int e = 0; e < C::kElements; ++e) {
-          const Place at = place<C>(scan.horizontal, e * 32 + opaque_lane);
+          const Place at = place<C>(kHorizontal, e * 32 + opaque_lane);
           if (!inside<C>(w, at)) continue;
           A* const sum = y.at(at.col, w.i0 + at.m, position_of<C>(w, at.col));
           A value = tile[at.m * C::kPitch + at.col];
@@ -368,6 +376,13 @@ __global__ void __launch_bounds__(64 * C::CW)
       }
       __syncthreads();
     }
+  };
+  for (int round = 0; round < l.rounds; ++round) {
+    const int d = l.slots[round][l.slots[round][0] >= 0 ? 0 : 1];
+    if (make_scan(p, d).horizontal)
+      run(round, Bool<true>());
+    else
+      run(round, Bool<false>());
   }
 
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.cuh"
+#include "columns.cuh"
 #include "plan.hpp"
 #include "typed.hpp"
 
@@ -109,7 +110,16 @@ void Typed<T>::forward(const Params& p, void* workspace, void* raw_stream) {
     const StripLaunch l = strip_launch(p, plan, d, sums);
     with_cover<T>(plan.cover, [&](auto config) {
       using C = decltype(config);
-      launch(strip_forward<C>, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
+      if constexpr (kHasColumns<C>) {
+        if (columns_fit<C>(p, make_scan(p, d))) {
+          const size_t halos = l.strips > 1 ? sizeof(typename C::A) * l.per_block * Strips<C>::kBuffer : 0;
+          launch(p.stochastic ? column_forward<C, true> : column_forward<C, false>,
+                 p.N * l.blocks * l.chunks * l.cluster, 32 * l.per_block, halos, l.cluster, stream, p, l);
+          return;
+        }
+      }
+      const auto kernel = make_scan(p, d).horizontal ? strip_forward<C, true> : strip_forward<C, false>;
+      launch(kernel, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
              strip_forward_bytes<C>(p.stochastic, l.per_block, l.strips > 1), l.cluster, stream, p, l);
     });
   }
@@ -145,9 +155,11 @@ void Typed<T>::backward(const Params& p, void* workspace, void* raw_stream) {
     l.partials = partials;
     with_cover<T>(plan.cover, [&](auto config) {
       using C = decltype(config);
-      if constexpr (C::SEG <= kBackwardSegments)
-        launch(strip_backward<C>, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
+      if constexpr (C::SEG <= kBackwardSegments) {
+        const auto kernel = make_scan(p, d).horizontal ? strip_backward<C, true> : strip_backward<C, false>;
+        launch(kernel, p.N * l.blocks * l.chunks * l.cluster, 32 * C::CW * l.per_block,
                strip_backward_bytes<C>(p, l.per_block, l.strips > 1), l.cluster, stream, p, l);
+      }
     });
     const Partials s = partials_for<T>(p, plan);
     const int64_t plane = p.H * p.W;

@@ -64,14 +64,21 @@ __device__ __forceinline__ int shared_channel(const Params& p, const Field& f, i
   return c / int(p.C / f.channels);
 }
 
+// A bool that a function takes as a type.
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
+
 // Element `index` of a tile; consecutive lanes are consecutive pixels of a row of the image.
 struct Place {
   int m, col;
 };
 template <class C>
-__device__ __forceinline__ Place place(bool horizontal, int index) {
-  if (horizontal) return {index % C::K, index / C::K};
-  return {index / C::kWidth, index % C::kWidth};
+__device__ __forceinline__ Place place(bool horizontal, unsigned index) {
+  constexpr unsigned kLines = C::K, kWidth = C::kWidth;  // unsigned division by powers of two is a shift
+  if (horizontal) return {int(index % kLines), int(index / kLines)};
+  return {int(index / kWidth), int(index % kWidth)};
 }
 
 // The lines of a tile, and the position of its strip on them.
@@ -282,6 +289,13 @@ __device__ __forceinline__ Pack<typename C::A, C::P> row_of_lane(const typename 
   return *reinterpret_cast<const Pack<typename C::A, C::P>*>(tile + m * C::kPitch + lane * C::P);
 }
 
+template <class C>
+__device__ __forceinline__ void get_row(const typename C::A* tile, int m, typename C::A (&out)[C::P]) {
+  const Pack<typename C::A, C::P> row = row_of_lane<C>(tile, m);
+#pragma unroll
+  for (int q = 0; q < C::P; ++q) out[q] = row.v[q];
+}
+
 // Of row-stochastic weights; a weight of zero stands for a neighbour that does not exist.
 template <class A>
 __device__ __forceinline__ A weighted_sum(A a, A c, A left, A own, A right) {
@@ -292,40 +306,53 @@ __device__ __forceinline__ A weighted_sum(A a, A c, A left, A own, A right) {
   return sum;
 }
 
+// A lane's part of a line: its weights, of which b is of weights that are not row-stochastic, and the gated input.
+template <class C>
+struct LineOf {
+  typename C::A a[C::P], b[C::P], c[C::P], f[C::P];
+};
+
 // h'[j] = sum_k w_k[j] h[j+k] + f[j] on the lane's positions. Row-stochastic weights use the difference form,
 // h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Beside an
 // infinity it gives NaN, since inf - inf is NaN: there the weighted sum decides.
 template <class C>
-__device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<C>& weights, const typename C::A* input,
-                                     int m, bool starts_chunk) {
+__device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C>& line, bool stochastic,
+                                        bool starts_chunk) {
   using A = typename C::A;
   constexpr int P = C::P;
-  const Pack<A, P> a = row_of_lane<C>(weights.a, m), c = row_of_lane<C>(weights.c, m), f = row_of_lane<C>(input, m);
   const A from_left = from_lower_lane<C::kLanes>(h[P - 1]), from_right = from_upper_lane<C::kLanes>(h[0]);
   A next[P];
-  if (weights.b == nullptr) {
+  const auto left = [&](int q) { return q > 0 ? h[q > 0 ? q - 1 : 0] : from_left; };
+  const auto right = [&](int q) { return q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right; };
+  if (stochastic) {
     A probe = h[0];  // a sum, which is not finite if a state is not
 #pragma unroll
     for (int q = 1; q < P; ++q) probe += h[q];
     const bool finite = probe - probe == A(0);
 #pragma unroll
     for (int q = 0; q < P; ++q) {
-      const A left = q > 0 ? h[q > 0 ? q - 1 : 0] : from_left,
-              right = q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right;
-      next[q] = (h[q] + f.v[q]) + a.v[q] * (left - h[q]) + c.v[q] * (right - h[q]);
-      if (!finite && next[q] != next[q]) next[q] = weighted_sum(a.v[q], c.v[q], left, h[q], right) + f.v[q];
+      next[q] = (h[q] + line.f[q]) + line.a[q] * (left(q) - h[q]) + line.c[q] * (right(q) - h[q]);
+      if (!finite && next[q] != next[q])
+        next[q] = weighted_sum(line.a[q], line.c[q], left(q), h[q], right(q)) + line.f[q];
     }
   } else {
-    const Pack<A, P> b = row_of_lane<C>(weights.b, m);
 #pragma unroll
-    for (int q = 0; q < P; ++q) {
-      const A left = q > 0 ? h[q > 0 ? q - 1 : 0] : from_left,
-              right = q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right;
-      next[q] = a.v[q] * left + b.v[q] * h[q] + c.v[q] * right + f.v[q];
-    }
+    for (int q = 0; q < P; ++q) next[q] = line.a[q] * left(q) + line.b[q] * h[q] + line.c[q] * right(q) + line.f[q];
   }
 #pragma unroll
-  for (int q = 0; q < P; ++q) h[q] = starts_chunk ? f.v[q] : next[q];
+  for (int q = 0; q < P; ++q) h[q] = starts_chunk ? line.f[q] : next[q];
+}
+
+// The same on line m of tiles in shared memory.
+template <class C>
+__device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<C>& weights, const typename C::A* input,
+                                     int m, bool starts_chunk) {
+  LineOf<C> line;
+  get_row<C>(weights.a, m, line.a);
+  get_row<C>(weights.c, m, line.c);
+  get_row<C>(input, m, line.f);
+  if (weights.b != nullptr) get_row<C>(weights.b, m, line.b);
+  advance<C>(h, line, weights.b == nullptr, starts_chunk);
 }
 
 template <class C>

@@ -60,8 +60,16 @@ MUTANTS = (
         "widen(raw[2].v[e]), j > 0, j + 1",
         "widen(raw[2].v[e]), true, j + 1",
     ),
-    Mutant("chunks run on", "values", "tile.cuh", "h[q] = starts_chunk ? f.v[q] : next[q];", "h[q] = next[q];"),
-    Mutant("wrong difference", "values", "tile.cuh", "c.v[q] * (right - h[q]);", "c.v[q] * (right - left);"),
+    Mutant("chunks run on", "values", "tile.cuh", "h[q] = starts_chunk ? line.f[q] : next[q];", "h[q] = next[q];"),
+    Mutant(
+        "wrong difference", "values", "tile.cuh", "line.c[q] * (right(q) - h[q]);", "line.c[q] * (right(q) - left(q));"
+    ),
+    Mutant("vectors: left border", "values", "columns.cuh", "q > 0 || from.left", "q > 1 || from.left"),
+    Mutant("vectors: half a tile too late", "values", "columns.cuh", "first + kRows, owns", "first, owns"),
+    Mutant(
+        "vectors: sums of a neighbour", "values", "columns.cuh", "if (owns) rows[half]", "if (columns.in) rows[half]"
+    ),
+    Mutant("vectors: one buffer for all", "thread", "columns.cuh", "parity ^= 1, h", "parity, h"),
     Mutant("logits do not saturate", "values", "tile.cuh", "logit < A(kSaturation) ? A(kSaturation) : logit", "logit"),
     Mutant("sums start anew", "values", "forward.cuh", "if (!first) value += before.v[e];", ""),
     Mutant(
