@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"
 SANITIZED = ROOT / ".nox" / "sanitized"
 INSTALLED = ROOT / ".nox" / "installed"
+PEERS = ROOT / ".nox" / "peers"  # sources of other projects, whose tests we run
 CUDA_BUILD = ROOT / ".nox" / "cuda-build"  # beside the environment of the session
 
 # Applications depend on core and never on each other.
@@ -154,6 +155,44 @@ def test(session: nox.Session) -> None:
             session.run(*command, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
+def _peers_of_timm(session: nox.Session, python: str) -> None:
+    """Run timm's tests of models, from the sdist of the installed version, over the models of gspn-vision."""
+    code = "import timm; print(timm.__version__)"
+    version = str(session.run(python, "-c", code, silent=True, external=True)).strip()
+    folder = PEERS / f"timm-{version}"
+    if not folder.is_dir():
+        download = ("download", "--no-deps", "--no-binary", ":all:", "--dest", str(PEERS), f"timm=={version}")
+        session.run(python, "-m", "pip", *download, external=True)
+        with tarfile.open(PEERS / f"timm-{version}.tar.gz") as archive:
+            archive.extractall(PEERS, filter="data")
+        shutil.rmtree(folder / "timm")  # the installed one is what the tests import
+    plugin = ROOT / "packages" / "gspn-vision" / "tests" / "peers"
+    with session.chdir(folder):
+        options = ("-p", "gspn_models", "-W", "ignore", "tests/test_models.py", *session.posargs)
+        session.run(python, "-m", "pytest", *options, env={"PYTHONPATH": str(plugin)}, external=True)
+
+
+def _peers_of_diffusers(session: nox.Session, python: str) -> None:
+    """Run diffusers' tests of models over the denoiser; its sdist has no tests, so DIFFUSERS_ROOT names a checkout."""
+    if "DIFFUSERS_ROOT" not in os.environ:
+        session.warn("diffusers' tests are left out: DIFFUSERS_ROOT does not name a checkout of diffusers")
+        return
+    root = Path(os.environ["DIFFUSERS_ROOT"]).resolve()
+    tests = ROOT / "packages" / "gspn-dit" / "tests" / "peers" / "diffusers_models.py"
+    # With diffusers' settings of pytest, since ours make warnings errors.
+    settings = ("-c", str(root / "pyproject.toml"), "--rootdir", str(root), "-p", "tests.conftest")
+    command = (python, "-m", "pytest", *settings, "-p", "no:cacheprovider", *session.posargs, str(tests))
+    session.run(*command, env={"PYTHONPATH": str(root)}, external=True)
+
+
+@nox.session(venv_backend="none")
+def peers(session: nox.Session) -> None:
+    """Run the model tests of timm and diffusers themselves over our models (minutes); options of pytest go after --."""
+    python = _shared(session)
+    for run in (_peers_of_timm, _peers_of_diffusers):
+        run(session, python)
+
+
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure the operator; options of `gspn-core bench` go after --."""
@@ -240,13 +279,13 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def cuda(session: nox.Session) -> None:
-    """Compile the CUDA kernels with nvcc, warnings as errors, and check how many registers spill; needs no GPU.
+    """Compile the CUDA kernels with nvcc, warnings as errors, and check spills and machine code; needs no GPU.
 
-    For sm_90 alone, unless GSPN_CUDA_ARCHITECTURES names others.
+    For sm_90 alone, unless GSPN_CUDA_ARCHITECTURES names others; the machine code is checked of sm_90.
     """
     if shutil.which("nvcc") is None:
         session.skip("needs nvcc")
-    session.install("cmake>=3.25", "ninja>=1.11", "pybind11>=2.13")
+    session.install("cmake>=3.25", "ninja>=1.11", "pybind11>=2.13", "nvidia-cuda-nvdisasm==13.*")
     pybind11 = session.run("python", "-m", "pybind11", "--cmakedir", silent=True)
     assert isinstance(pybind11, str)
     # From nothing, so that every kernel reports.
@@ -255,11 +294,15 @@ def cuda(session: nox.Session) -> None:
     session.run(
         *("cmake", "-S", "packages/gspn-core", "-B", str(CUDA_BUILD), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
         *("-DGSPN_CUDA=on", f"-DGSPN_CUDA_ARCHITECTURES={architectures}", f"-Dpybind11_DIR={pybind11.strip()}"),
+        "-DCMAKE_CUDA_FLAGS=--no-compress",  # so that machine code can be read from the objects
     )
     log = CUDA_BUILD / "build.log"
     with log.open("w") as file:
         session.run("cmake", "--build", str(CUDA_BUILD), "--target", "_C", stdout=file, stderr=file)
     session.run("python", "tools/check_spills.py", str(log))
+    if architectures == "90":
+        nvdisasm = next(Path(session.virtualenv.location).rglob("nvdisasm"))
+        session.run("python", "tools/cuda_budget.py", str(CUDA_BUILD), "--nvdisasm", str(nvdisasm))
 
 
 @nox.session(venv_backend="none")

@@ -88,7 +88,7 @@ def test_folder_without_images_or_captions(photographs, tmp_path):
     with pytest.raises(ValueError, match=r"line 2 of .* has a caption without an image: there is no '7.png'"):
         open_captioned(str(folder))
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": "b"}\n')
-    with pytest.raises(ValueError, match=r"every image must have a caption, image 0 of .* has None"):
+    with pytest.raises(ValueError, match=r"every image must have a caption, image 0 of .* has none that is text"):
         open_captioned(str(folder))
     (folder / "metadata.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1 of .* must be an object with file_name"):

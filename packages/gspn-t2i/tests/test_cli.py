@@ -8,26 +8,33 @@ from diffusers import DiffusionPipeline
 from gspn_t2i import cli
 
 OPTIONS = {
-    "distill": "accumulate batch_size bottleneck cache caption_dropout checkpoint_every chunk_size clip_grad data "
-    "device ema_decay ema_warmup feature_weight gradient_checkpointing guidance hflip image_column image_size init "
-    "keep_attention keep_checkpoints log_every lr lr_schedule min_lr mixer noise_weight out pipeline precision "
-    "progress proxy resume sample_every sample_prompts sampler_steps seed snr_gamma split start_from steps "
-    "teacher_weight tensorboard text_column unreadable warmup_steps weight_decay workers",
-    "generate": "adapter batch_size device guidance image_size images_per_prompt negative_prompt offload out pipeline "
-    "precision progress prompt_file prompts sampler_steps seed vae_tiling",
-    "upscale": "adapter chunked_feed_forward cosine_scale_1 cosine_scale_2 demofusion device dilated dilated_batch "
-    "guidance image image_size layerwise_casting memory negative_prompt offload out pipeline precision progress prompt "
-    "sampler_steps sampler_steps_from_4k scale seed sigma skip_residual split_guidance strength_schedule strengths "
-    "target vae_tiling",
-    "evaluate": "adapter allow_missing batch_size caption_seed captions clip_config clip_model clip_pretrained count "
-    "device fid_size guidance image_size inception_weights samples metric_batch_size metrics negative_prompt offload "
-    "out pipeline precision prefix progress reference sampler_steps save_reference seed vae_tiling",
+    "distill": "accumulate batch_size betas bottleneck buckets cache caption_dropout checkpoint_every chunk_size "
+    "clip_grad data device ema_decay ema_warmup feature_weight gradient_checkpointing guidance hflip "
+    "image_column image_size init keep_attention keep_checkpoints log_every lr lr_schedule min_lr "
+    "mixer noise_weight out pipeline pipeline_config precision progress proxy random_crop resume "
+    "revision sample_every sample_prompts sampler_steps seed snr_gamma split start_from steps "
+    "teacher_weight tensorboard text_column tf32 trackers unreadable use_8bit_adam val_data val_split "
+    "validate_every variant warmup_steps weight_decay workers",
+    "generate": "adapter batch_size control_image control_scale controlnet device guidance image_size "
+    "images_per_prompt lora lora_scales negative_prompt offload out pipeline pipeline_config "
+    "precision progress prompt_file prompts revision sampler_steps scheduler scheduler_kwargs seed "
+    "vae_tiling variant",
+    "upscale": "adapter chunked_feed_forward cosine_scale_1 cosine_scale_2 demofusion device dilated "
+    "dilated_batch guidance image image_size layerwise_casting lora lora_scales memory "
+    "negative_prompt offload out pipeline pipeline_config precision progress prompt revision "
+    "sampler_steps sampler_steps_from_4k scale scheduler scheduler_kwargs seed sigma skip_residual "
+    "split_guidance strength_schedule strengths target vae_tiling variant",
+    "evaluate": "adapter allow_missing batch_size caption_seed captions clip_config clip_model clip_pretrained "
+    "count device fid_size guidance image_size inception_weights lora lora_scales metric_batch_size "
+    "metrics negative_prompt offload out pipeline pipeline_config precision prefix progress reference "
+    "revision sampler_steps samples save_reference scheduler scheduler_kwargs seed vae_tiling variant",
     "benchmark": "batch_size chunk_size device family generation image_sizes measure_up_to mixers out plot precision "
     "progress repeats sampler_steps",
     "tiny": "family out seed",
 }
 SWITCHES = {"allow_missing", "demofusion", "dilated", "ema_warmup", "generation", "gradient_checkpointing"}
 SWITCHES |= {"layerwise_casting", "progress", "skip_residual", "tensorboard"}
+SWITCHES |= {"random_crop", "tf32", "use_8bit_adam"}
 
 
 @pytest.mark.parametrize("command", OPTIONS)

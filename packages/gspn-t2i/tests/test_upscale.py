@@ -327,7 +327,8 @@ def test_savers_change_little(pipeline_folder, adapter_folder, tmp_path, monkeyp
     results, counts = {}, {}
     for name, options in cases.items():
         sizes.clear()
-        saving = config(pipeline_folder, tmp_path / name, adapter=adapter_folder, target="88x88", **options)
+        options = {"adapter": adapter_folder, "target": "88x88", "precision": "fp32"} | options
+        saving = config(pipeline_folder, tmp_path / name, **options)
         with Image.open(upscale.upscale(saving)["image"]) as image:
             results[name] = np.asarray(image, dtype=int)
         counts[name] = max(sizes)

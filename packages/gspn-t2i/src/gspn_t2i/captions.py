@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -10,15 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
+from gspn_core.runs.errors import WriteError
 from gspn_core.runs.images import UnreadableImageError, read_image
 from gspn_core.runs.options import ImageSize
 
+from .pipelines import first_line
+
 METADATA = "metadata.jsonl"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Taken in this order where several columns would do.
 _TEXT_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "json.caption", "json.text")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8 that are not blank, without white space around them.
+
+    Lines end in line feeds alone: captions may hold Unicode's other separators, such as U+2028. A byte-order mark is
+    left out.
+    """
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
+    return [line for line in lines if line]
 
 
 class Captioned:
@@ -73,18 +89,33 @@ class Captioned:
     def _caption(self, index: int, value: Any) -> str:
         caption = value[0] if isinstance(value, list) and value else value
         if not isinstance(caption, str):
-            raise ValueError(f"every image must have a caption, image {index} of {self._name!r} has {value!r}")
+            have = "none that is text" if value is None else repr(value)
+            raise ValueError(f"every image must have a caption, image {index} of {self._name!r} has {have}")
         return caption
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        stored = self._dataset[index][self._image]
+    def _stored(self, index: int) -> dict[str, Any]:
+        stored: dict[str, Any] | None = self._dataset[index][self._image]
         if stored is None:
             raise UnreadableImageError(f"cannot read image {index} of {self._name!r}: there is none")
+        return stored
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        stored = self._stored(index)
         name = stored["path"] or f"{self._name}:{index}"
         return read_image(stored["bytes"] or Path(stored["path"]), name), self.captions[index]
+
+    def shape(self, index: int) -> tuple[int, int] | None:
+        """Return height and width of an image, by its header alone; None if it cannot be read."""
+        try:
+            stored = self._stored(index)
+            with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # as `read_image` turns it
+                return image.size if turned else (image.height, image.width)
+        except Exception:  # whatever a decoder raises; reading the image names it
+            return None
 
 
 def _text_columns(features: Any) -> list[str]:
@@ -121,22 +152,47 @@ def _read_metadata(folder: Path) -> Any:
 
     rows = []
     path = folder / METADATA
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             file = row.pop("file_name")
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"line {number} of {path} must be an object with file_name, got {line[:80]!r}") from None
+            file = None
+        if not isinstance(file, str):
+            raise ValueError(f"line {number} of {path} must be an object with file_name, a text, got {line[:80]!r}")
         if not (folder / file).is_file():
             raise ValueError(f"line {number} of {path} has a caption without an image: there is no {file!r}")
-        rows.append({"image": str(folder / file), **row})
+        rows.append({**row, "image": str(folder / file)})
     if not rows:
         raise ValueError(f"{path} must have a line per image, is empty")
-    keys = set().union(*rows)
-    table = datasets.Dataset.from_list([{key: row.get(key) for key in sorted(keys)} for row in rows])
+    columns = {key: _texts_alone([row.get(key) for row in rows]) for key in sorted(set().union(*rows))}
+    try:
+        table = datasets.Dataset.from_dict(columns)
+    except (ValueError, TypeError, OverflowError) as error:  # of Arrow, which needs one type in a column
+        raise ValueError(f"{path} must have one kind of value under each name: {first_line(error)}") from None
     return table.cast_column("image", datasets.Image())
+
+
+def _texts_alone(values: list[Any]) -> list[Any]:
+    """Return the texts of a column of JSON values as one type that Arrow has, others as None.
+
+    Lists where some are lists, as of several captions; a column of objects is returned as it is.
+    """
+    if all(value is None or isinstance(value, dict) for value in values):
+        return values
+    texts = [
+        [value]
+        if isinstance(value, str)
+        else [part for part in value if isinstance(part, str)]
+        if isinstance(value, list)
+        else None
+        for value in values
+    ]
+    if any(isinstance(value, list) for value in values):
+        return texts
+    return [text[0] if text else None for text in texts]
 
 
 def _load(name: str, split: str | None) -> Any:
@@ -192,6 +248,7 @@ def open_captioned(
     Raises:
         FileNotFoundError: there is no such folder or data set.
         ValueError: there are no images or captions, a caption has no image, or a column or split does not exist.
+        WriteError: the disk that `datasets` stores data on is full or not writable.
     """
     from datasets.exceptions import DatasetBuildError
 
@@ -199,16 +256,28 @@ def open_captioned(
         with _without_bars():
             dataset = _load(name, split)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no data set {name!r}: {str(error).splitlines()[0]}") from error
-    except (ConnectionError, OSError) as error:
-        raise FileNotFoundError(f"cannot download the data set {name!r}: {str(error).splitlines()[0]}") from error
-    except (RuntimeError, DatasetBuildError) as error:
-        raise ValueError(f"cannot open the data set {name!r}: {str(error).splitlines()[0]}") from error
+        raise FileNotFoundError(f"no data set {name!r}: {first_line(error)}") from error
+    except (OSError, RuntimeError, DatasetBuildError) as error:
+        # Arrow's files of the data are written to the cache of `datasets`, which reports a full disk as a cause.
+        causes = (error, error.__cause__, error.__context__)
+        full = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno in _FULL), None)
+        if full is not None:
+            raise WriteError(f"cannot store the data set {name!r}: {first_line(full)}") from error
+        if isinstance(error, OSError):
+            raise FileNotFoundError(f"cannot download the data set {name!r}: {first_line(error)}") from error
+        raise ValueError(f"cannot open the data set {name!r}: {first_line(error)}") from error
     return Captioned(dataset, name, image_column, text_column)
 
 
-def crop(image: Image.Image, size: ImageSize) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
-    """Resize an image so that it just covers a size, and crop its centre.
+def crop(
+    image: Image.Image, size: ImageSize, at: tuple[float, float] = (0.5, 0.5)
+) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
+    """Resize an image so that it just covers a size, and crop it.
+
+    Args:
+        image: of any mode.
+        size: of the result.
+        at: where the crop lies, from 0 (top, left) to 1 (bottom, right).
 
     Returns:
         The RGB image, and the size conditions of SDXL: original height and width, top and left of the crop in the
@@ -220,5 +289,5 @@ def crop(image: Image.Image, size: ImageSize) -> tuple[Image.Image, tuple[int, i
     scale = max(width / image.width, height / image.height)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(covering, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    top, left = int((image.height - height) * at[0]), int((image.width - width) * at[1])
     return image.crop((left, top, left + width, top + height)), (*original, top, left, height, width)

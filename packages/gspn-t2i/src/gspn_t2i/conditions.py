@@ -11,7 +11,7 @@ its mirror image.
 
 from __future__ import annotations
 
-import hashlib
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,16 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from gspn_core.runs.files import check_record, read_json, write_json, write_tensors
 from gspn_core.runs.options import ImageSize
+from gspn_core.runs.order import AUGMENT, derive_seed
 
 from .captions import Captioned, crop
+from .pipelines import hash_parts
 
 FORMAT = "gspn-t2i cache 2"
 SETTINGS = "settings.json"
@@ -58,13 +60,9 @@ class Frozen:
 
     def fingerprint(self) -> str:
         """Return a hash of the weights of all encoders."""
-        digest = hashlib.sha256()
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            module: nn.Module | None = getattr(self.pipeline, name, None)
-            for key, value in sorted(module.state_dict().items()) if module is not None else ():
-                digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_parts(
+            {name: getattr(self.pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
+        )
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
@@ -125,14 +123,31 @@ def collate(items: list[Item]) -> Any:
 class Pixels(Dataset[Item]):
     """Images and captions, encoded anew in every batch.
 
+    An item is named by its index, or by (epoch, index), on which a random cut depends.
+
     Args:
         captioned: images.
         size: that they are resized and cropped to.
         skip_unreadable: take the next readable image and its caption where one cannot be read, instead of stopping.
+        size_of: a size for each image, instead of `size`.
+        crop_seed: of random cuts; None cuts the centre.
+
+    Attributes:
+        fingerprint: of the images and captions, wherever they are stored.
     """
 
-    def __init__(self, captioned: Captioned, size: ImageSize, *, skip_unreadable: bool = False) -> None:
+    def __init__(
+        self,
+        captioned: Captioned,
+        size: ImageSize,
+        *,
+        skip_unreadable: bool = False,
+        size_of: Sequence[ImageSize] | None = None,
+        crop_seed: int | None = None,
+    ) -> None:
         self.captioned, self.size, self.skip_unreadable = captioned, size, skip_unreadable
+        self.size_of, self.crop_seed = size_of, crop_seed
+        self.fingerprint = captioned.fingerprint
         self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
@@ -155,11 +170,22 @@ class Pixels(Dataset[Item]):
                     print(f"skipped: {error}", file=sys.stderr, flush=True)
         raise ValueError(f"none of the {len(self)} images can be read")
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         image, caption = self._read(index)
-        image, size = crop(image, self.size)
+        at = (0.5, 0.5)
+        if self.crop_seed is not None:
+            draws = random.Random(derive_seed(AUGMENT, self.crop_seed, epoch, index))
+            at = (draws.random(), draws.random())
+        image, size = crop(image, self.size_of[index] if self.size_of else self.size, at)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return Item(pixels, caption, torch.tensor(size, dtype=torch.float32))
+
+    @staticmethod
+    def latent_size(loaded: Any, factor: int) -> tuple[int, int]:
+        """Return height and width of the latents of a collated batch, whose images have `factor` times as many."""
+        height, width = loaded[0].shape[-2:]
+        return height // factor, width // factor
 
     def encode(self, loaded: Any, frozen: Frozen, mirrored: Tensor, noise: Tensor) -> Batch:
         """Return a collated batch as inputs of the UNet; images where `mirrored` (N,) is set are flipped."""
@@ -167,7 +193,19 @@ class Pixels(Dataset[Item]):
         pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         moments = frozen.moments(pixels)
         latents = frozen.latents(moments, noise.to(moments.device))
+        if self.crop_seed is not None:
+            sizes = mirror_sizes(sizes, mirrored)
         return Batch(latents, frozen.embed(captions), sizes.to(frozen.device))
+
+
+def mirror_sizes(sizes: Tensor, mirrored: Tensor) -> Tensor:
+    """Return size conditions (N, 6) where the crops that are mirrored lie as in the mirrored whole image."""
+    original, (left, height, width) = sizes[:, :2].double(), sizes[:, 3:].double().unbind(1)
+    scale = torch.maximum(height / original[:, 0], width / original[:, 1])
+    covering = torch.maximum(width, (original[:, 1] * scale).round())
+    moved = sizes.clone()
+    moved[:, 3] = torch.where(mirrored, covering - width - left, left).float()
+    return moved
 
 
 class Encoded(Dataset[Item]):
@@ -175,6 +213,9 @@ class Encoded(Dataset[Item]):
 
     Args:
         folder: of the cache.
+
+    Attributes:
+        fingerprint: of the images and captions that were encoded.
 
     Raises:
         FileNotFoundError: there is no cache, it is not finished, or a shard is missing.
@@ -189,6 +230,7 @@ class Encoded(Dataset[Item]):
         self.settings = read_json(self.folder / SETTINGS)
         if self.settings.get("format") != FORMAT:
             raise ValueError(f"{folder} must be a cache of the format {FORMAT!r}, got {self.settings.get('format')!r}")
+        self.fingerprint = self.settings["data"]
         self._shards: dict[int, Any] = {}
         for number in range(_shards(self.settings)):
             self._open(number)
@@ -214,6 +256,12 @@ class Encoded(Dataset[Item]):
         shard, row = self._open(index // SHARD), index % SHARD
         values = {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118, no mapping
         return Item(values["moments"], Embeddings(values["states"], values.get("pooled")), values["sizes"])
+
+    @staticmethod
+    def latent_size(loaded: Any, factor: int) -> tuple[int, int]:
+        """As of `Pixels`."""
+        height, width = loaded[0].shape[-2:]
+        return height, width
 
     def encode(self, loaded: Any, frozen: Frozen, mirrored: Tensor, noise: Tensor) -> Batch:
         """As of `Pixels`."""
@@ -246,7 +294,7 @@ def encode(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the folder holds another cache.
+        ValueError: the folder holds another cache, or what was encoded is not finite.
         WriteError: the disk is full or not writable; whole shards stay.
     """
     folder = Path(folder)
@@ -288,4 +336,12 @@ def _encode_shard(pixels: Pixels, frozen: Frozen, indices: range, mirrored: bool
         if embeddings.pooled is not None:
             parts["pooled"].append(embeddings.pooled.cpu())
         parts["sizes"].append(sizes)
-    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+    encoded = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+    for name, values in encoded.items():
+        finite = values.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"{name} of image {indices[int(finite.int().argmin())]} are not finite; try another precision, "
+                "or another autoencoder in the pipeline"
+            )
+    return encoded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -27,11 +27,27 @@ def check_multiples(name: str, size: ImageSize | None) -> None:
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class DistillConfig(TrainingOptions):
+class PipelineOptions:
+    """Which of a pipeline's weights are loaded.
+
+    Args:
+        variant: of the pipeline's weights, such as fp16
+        revision: of a pipeline on the Hub
+        pipeline_config: folder or name on the Hub of a pipeline like that in a .safetensors file; null is the usual one
+    """
+
+    variant: str | None = None
+    revision: str | None = None
+    pipeline_config: str | None = None
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class DistillConfig(PipelineOptions, TrainingOptions):
     """Every option of `gspn-t2i distill`.
 
     Args:
-        pipeline: teacher, a diffusers pipeline of Stable Diffusion 1.5, 2.x or SDXL: a folder or a name on the Hub
+        pipeline: teacher, a diffusers pipeline of Stable Diffusion 1.5, 2.x or SDXL: a folder, a name on the Hub, or a
+            .safetensors file
         start_from: GSPN adapter to begin with, a folder or a name on the Hub; null is a new one
         mixer: of a new adapter, weights per channel (gspn) or shared in a proxy space (gspn2)
         proxy: scanned channels of gspn2 as a share of the attention's
@@ -45,7 +61,13 @@ class DistillConfig(TrainingOptions):
         image_column: of the data set; null is the only one, or one of the usual names
         text_column: likewise; json.caption is the entry caption of a column json
         unreadable: stop at an image that cannot be read, or take the next readable one and its caption instead
-        image_size: of training images
+        image_size: of all images
+        random_crop: cut training images at random instead of at their centre
+        buckets: sizes of training images instead of image_size, each image taking the one next to its shape, and each
+            update images of one size
+        val_data: images with captions for a validation loss; null is those of data, of which val_split names a part
+        val_split: of the data set of val_data
+        validate_every: updates between validations; null makes none
         cache: folder to encode all images and captions into first, and to train from
         out: folder of the run
         noise_weight: of the error against the noise, or the velocity
@@ -54,7 +76,9 @@ class DistillConfig(TrainingOptions):
         snr_gamma: limit of min-SNR weights; null weights all times alike
         caption_dropout: share of captions dropped, for classifier-free guidance
         steps: updates of the weights
-        warmup_steps: updates of linear warm-up
+        warmup_steps: updates of linear warm-up; where the run is not longer, a tenth of it
+        betas: of AdamW
+        use_8bit_adam: keep AdamW's moments in 8 bits, by the package bitsandbytes
         precision: of computation, and of the frozen weights
         sample_every: updates between grids of samples; null draws none
         sample_prompts: prompts of the samples
@@ -74,6 +98,11 @@ class DistillConfig(TrainingOptions):
     image_column: str | None = None
     text_column: str | None = None
     image_size: ImageSize = _DEFAULT_SIZE
+    random_crop: bool = False
+    buckets: list[ImageSize] = dataclasses.field(default_factory=list)
+    val_data: str | None = None
+    val_split: str | None = None
+    validate_every: PositiveInt | None = None
     cache: str | None = None
     out: str = "runs/t2i"
     noise_weight: NonNegativeFloat = 1.0
@@ -84,32 +113,49 @@ class DistillConfig(TrainingOptions):
     steps: PositiveInt = 100_000
     batch_size: PositiveInt = 12
     warmup_steps: NonNegativeInt = 1_000
+    betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.999)
+    use_8bit_adam: bool = False
     sample_every: PositiveInt | None = 1_000
     sample_prompts: list[str] = dataclasses.field(default_factory=list)
     sampler_steps: PositiveInt = 30
     guidance: NonNegativeFloat = 7.5
 
     def __post_init__(self) -> None:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}")
         if self.noise_weight == self.teacher_weight == self.feature_weight == 0:
             raise ValueError("one of noise_weight, teacher_weight and feature_weight must be above 0, all are 0")
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas must be below 1, got {self.betas}")
+        if self.cache is not None and (self.buckets or self.random_crop):
+            raise ValueError(
+                f"cache must be unset with buckets or random_crop, it has one cut of each image, got {self.cache!r}"
+            )
+        for name in ("val_data", "val_split"):
+            if getattr(self, name) is not None and self.validate_every is None:
+                raise ValueError(f"{name} is for a validation, set validate_every; got {getattr(self, name)!r} alone")
+        if self.validate_every is not None and self.val_data is None and self.val_split is None:
+            raise ValueError(f"validate_every needs val_data or val_split, got {self.validate_every} alone")
         check_multiples("image_size", self.image_size)
+        for size in self.buckets:
+            check_multiples("buckets", size)
         super().__post_init__()
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class DrawingOptions:
+class DrawingOptions(PipelineOptions):
     """How images are drawn.
 
     Args:
         adapter: GSPN adapter to mount on the pipeline's UNet, a folder or a name on the Hub
+        lora: LoRAs to load, each a file, a folder or a name on the Hub
+        lora_scales: of each LoRA; empty is 1
+        scheduler: class of diffusers that samples, such as DPMSolverMultistepScheduler; null is the pipeline's
+        scheduler_kwargs: arguments of the scheduler that differ from the pipeline's, such as {use_karras_sigmas: true}
         negative_prompt: what not to draw
         image_size: of drawn images, multiples of 8; null is the pipeline's own
         sampler_steps: of the sampler
         guidance: scale of classifier-free guidance
         seed: image i is drawn with seed + i
-        precision: of weights and activations
+        precision: of weights and activations; null is fp16 on an accelerator and fp32 on the CPU
         vae_tiling: decode in tiles, to save memory; auto does above 1024x1024 pixels
         offload: keep on the accelerator only what computes, to save memory
         device: auto takes the accelerator if any
@@ -117,12 +163,16 @@ class DrawingOptions:
     """
 
     adapter: str | None = None
+    lora: list[str] = dataclasses.field(default_factory=list)
+    lora_scales: list[float] = dataclasses.field(default_factory=list)
+    scheduler: str | None = None
+    scheduler_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     negative_prompt: str | None = None
     image_size: ImageSize | None = None
     sampler_steps: PositiveInt = 50
     guidance: NonNegativeFloat = 7.5
     seed: NonNegativeInt = 0
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     vae_tiling: Choice = "auto"
     offload: Literal["none", "model", "sequential", "group"] = "none"
     device: Device = "auto"
@@ -130,6 +180,8 @@ class DrawingOptions:
 
     def __post_init__(self) -> None:
         check_multiples("image_size", self.image_size)
+        if self.lora_scales and len(self.lora_scales) != len(self.lora):
+            raise ValueError(f"lora_scales must be one of each LoRA, {len(self.lora)}, got {self.lora_scales}")
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -137,10 +189,13 @@ class GenerateConfig(DrawingOptions):
     """Every option of `gspn-t2i generate`.
 
     Args:
-        pipeline: diffusers pipeline, a folder or a name on the Hub
+        pipeline: diffusers pipeline, a folder, a name on the Hub, or a .safetensors file
         prompts: what to draw
         prompt_file: text file of further prompts, one in a line
-        out: folder of the images; those that are there are kept
+        controlnet: ControlNet to draw with, a folder or a name on the Hub
+        control_image: image for the ControlNet, such as edges or depth; it is resized to image_size
+        control_scale: of what the ControlNet adds
+        out: folder of the images; those that are there are kept, and further prompts are drawn beside them
         images_per_prompt: images of each prompt
         batch_size: images per process and forward pass; another one may change the last bits
     """
@@ -148,9 +203,19 @@ class GenerateConfig(DrawingOptions):
     pipeline: str
     prompts: list[str] = dataclasses.field(default_factory=list)
     prompt_file: str | None = None
+    controlnet: str | None = None
+    control_image: str | None = None
+    control_scale: NonNegativeFloat = 1.0
     out: str = "generated"
     images_per_prompt: PositiveInt = 1
     batch_size: PositiveInt = 1
+
+    def __post_init__(self) -> None:
+        if (self.controlnet is None) != (self.control_image is None):
+            raise ValueError(
+                f"controlnet and control_image need each other, got {self.controlnet!r} and {self.control_image!r}"
+            )
+        super().__post_init__()
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -158,7 +223,7 @@ class EvaluateConfig(DrawingOptions):
     """Every option of `gspn-t2i evaluate`.
 
     Args:
-        pipeline: diffusers pipeline that draws an image of each caption, a folder or a name on the Hub
+        pipeline: diffusers pipeline that draws an image of each caption, as of `generate`
         samples: folder of images to measure instead; their names are the indices of their captions, as 000123.png
         captions: text file with a caption in a line, COCO's JSON (the first caption of each image, in order of the
             images' ids), or metadata.jsonl of an image folder, or that folder
@@ -178,7 +243,8 @@ class EvaluateConfig(DrawingOptions):
         metric_batch_size: images per process and forward pass of a metric's network
         out: folder of results.json and of the drawn images
         batch_size: images per process and forward pass; another one may change the last bits
-        precision: of the pipeline's weights and activations; metrics are measured in fp32
+        precision: of the pipeline's weights and activations, null is fp16 on an accelerator and fp32 on the CPU;
+            metrics are measured in fp32
     """
 
     pipeline: str | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .captions import METADATA
+from .captions import METADATA, read_lines
 from .config import EvaluateConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -52,13 +52,13 @@ def read_captions(source: str, count: int | None = None, seed: int | None = None
     if not path.is_file():
         raise FileNotFoundError(f"captions: there is no file {str(path)!r}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             captions = _coco_captions(text)
         elif path.suffix == ".jsonl":
             captions = _folder_captions(text, path.parent)
         else:  # as `generate` reads prompts
-            captions = [line for line in text.splitlines() if line.strip()]
+            captions = read_lines(path)
         captions = [caption.strip() for caption in captions]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"captions: {path}, {error}") from None

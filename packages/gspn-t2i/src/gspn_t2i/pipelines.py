@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,22 +14,37 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from diffusers import AutoPipelineForText2Image
+from diffusers import (
+    AutoPipelineForText2Image,
+    ControlNetModel,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from torch import Tensor, nn
 
 from gspn_core.runs.files import replacing
-from gspn_core.runs.options import ImageSize
+from gspn_core.runs.options import ImageSize, Precision
 from gspn_core.runs.training import use_cpu
 
 from .adapter import GSPNAdapter
+from .config import DrawingOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What one file of weights can be, by diffusers' names of kinds.
+_SINGLE_FILES = {"v1": StableDiffusionPipeline, "v2": StableDiffusionPipeline}
+_SINGLE_FILES |= dict.fromkeys(("xl_base", "playground-v2-5"), StableDiffusionXLPipeline)
+# Options of where weights lie, which records compare by a hash of the weights.
+PLACES = ("pipeline", "adapter", "variant", "revision", "pipeline_config", "lora")
 TILED_ABOVE = 1024 * 1024  # pixels, SDXL's own size: larger images are decoded in tiles unless asked otherwise
 CPU = torch.device("cpu")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -53,12 +72,44 @@ def load_adapter(name: str) -> GSPNAdapter:
     try:
         adapter: GSPNAdapter = GSPNAdapter.from_pretrained(name)
     except OSError as error:
-        raise FileNotFoundError(f"no adapter {name!r}: {_first_line(error)}") from None
+        raise FileNotFoundError(f"no adapter {name!r}: {first_line(error)}") from None
     return adapter
 
 
-def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
+def _load_single_file(name: str, config: str | None, **options: Any) -> Any:
+    """Load a pipeline from one file of all its weights, as of Stable Diffusion's authors and Civitai."""
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"no pipeline {name!r}: there is no such file")
+    weights = load_single_file_checkpoint(name)
+    # Whatever diffusers does not know is "v1".
+    kind = (
+        infer_diffusers_model_type(weights) if any(key.startswith("model.diffusion_model.") for key in weights) else ""
+    )
+    if kind not in _SINGLE_FILES:
+        reason = f"of the kind {kind!r}" if kind else "no pipeline's"
+        raise ValueError(f"pipeline must be of Stable Diffusion 1.5, 2.x or SDXL, {name!r} is {reason}")
+    return _SINGLE_FILES[kind].from_single_file(name, config=config, **options)
+
+
+def load_pipeline(
+    name: str,
+    adapter: str | None,
+    dtype: torch.dtype,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    pipeline_config: str | None = None,
+    controlnet: str | None = None,
+) -> Any:
     """Load a pipeline and mount an adapter on its UNet.
+
+    Args:
+        name: a folder, a name on the Hub, or a `.safetensors` file.
+        adapter: as of `load_adapter`; None mounts none.
+        dtype: of the weights.
+        variant, revision: of the weights, by diffusers' names; not of a file.
+        pipeline_config: folder or name of a pipeline like that in a file; None is the usual one, on the Hub.
+        controlnet: folder or name of a ControlNet to draw with.
 
     Raises:
         FileNotFoundError: there is none of this name, or it cannot be downloaded.
@@ -66,9 +117,17 @@ def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
     """
     try:
         with _no_bars():
-            pipeline = AutoPipelineForText2Image.from_pretrained(name, dtype=dtype)
+            if name.endswith(".safetensors"):
+                pipeline = _load_single_file(name, pipeline_config, dtype=dtype)
+            else:
+                where = {"variant": variant, "revision": revision}
+                pipeline = AutoPipelineForText2Image.from_pretrained(name, dtype=dtype, **where)
+            if controlnet is not None:
+                control = ControlNetModel.from_pretrained(controlnet, dtype=dtype)
+                pipeline = AutoPipelineForText2Image.from_pipe(pipeline, controlnet=control)
     except OSError as error:
-        raise FileNotFoundError(f"no pipeline {name!r}: {_first_line(error)}") from None
+        missing = f"pipeline {name!r}" + ("" if controlnet is None else f" or ControlNet {controlnet!r}")
+        raise FileNotFoundError(f"no {missing}: {first_line(error)}") from None
     if getattr(pipeline, "unet", None) is None:
         raise ValueError(f"pipeline must have a UNet to mount mixers on, {type(pipeline).__name__} has none")
     takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
@@ -78,9 +137,90 @@ def load_pipeline(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
             "(as for inpainting)"
         )
     if adapter is not None:
-        # Commands have no use for the attention any more.
-        load_adapter(adapter).mount(pipeline.unet, discard=True)
+        _mount(pipeline, adapter)
     return pipeline
+
+
+def _mount(pipeline: Any, adapter: str) -> None:
+    # Commands have no use for the attention any more.
+    load_adapter(adapter).mount(pipeline.unet, discard=True)
+
+
+def open_pipeline(config: DrawingOptions, name: str, controlnet: str | None = None) -> Any:
+    """Load a pipeline to draw with, as the options say: its adapter, LoRAs and scheduler.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pipeline`; or a LoRA or the scheduler does not fit.
+    """
+    pipeline = load_pipeline(
+        name,
+        None,
+        DTYPES[precision_of(config)],
+        variant=config.variant,
+        revision=config.revision,
+        pipeline_config=config.pipeline_config,
+        controlnet=controlnet,
+    )
+    _load_loras(pipeline, config)
+    if config.adapter is not None:
+        _mount(pipeline, config.adapter)  # after the LoRAs, some of which would look for the attentions
+    if config.scheduler is not None or config.scheduler_kwargs:
+        pipeline.scheduler = _make_scheduler(pipeline.scheduler, config)
+    return pipeline
+
+
+def _load_loras(pipeline: Any, config: DrawingOptions) -> None:
+    names = [f"lora-{number}" for number in range(len(config.lora))]
+    for name, lora in zip(names, config.lora, strict=True):
+        try:
+            pipeline.load_lora_weights(lora, adapter_name=name)
+        except OSError as error:
+            raise FileNotFoundError(f"no LoRA {lora!r}: {first_line(error)}") from None
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"lora {lora!r} does not fit the pipeline: {first_line(error)}") from error
+    if names:
+        pipeline.set_adapters(names, config.lora_scales or [1.0] * len(names))
+
+
+def _make_scheduler(own: Any, config: DrawingOptions) -> Any:
+    """Return the scheduler of the options, with the noise of a pipeline's own."""
+    known = {kind.__name__: kind for kind in (*own.compatibles, type(own))}
+    name = config.scheduler or type(own).__name__
+    if name not in known:
+        raise ValueError(f"scheduler must be one of {', '.join(sorted(known))}, got {name!r}")
+    unknown = sorted(config.scheduler_kwargs.keys() - inspect.signature(known[name].__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"scheduler_kwargs must be arguments of {name}, got {unknown[0]!r}")
+    return known[name].from_config(own.config, **config.scheduler_kwargs)
+
+
+def precision_of(config: DrawingOptions) -> Precision:
+    """Return the precision of the options; without one, half on an accelerator."""
+    return config.precision or ("fp32" if use_cpu(config.device) else "fp16")
+
+
+def hash_parts(parts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the weights of modules and of the settings of schedulers, by their names.
+
+    It is the same wherever they were loaded from, and on every device.
+    """
+
+    def digest(tensor: Tensor) -> str:
+        return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            own = dict(part.named_parameters()) | dict(part.named_buffers())
+            tensors |= {f"{name}.{key}": value for key, value in own.items() if not value.is_meta}
+        elif isinstance(part, SchedulerMixin):
+            values = {key: str(value) for key, value in part.config.items() if not key.startswith("_")}
+            settings[name] = {"class": type(part).__name__, **values}
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock to others
+        hashes = dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+    shapes = {key: [str(tensor.dtype), *tensor.shape, hashes[key]] for key, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps([shapes, settings], sort_keys=True).encode()).hexdigest()
 
 
 def own_size(pipeline: Any) -> ImageSize:

@@ -26,7 +26,7 @@ class UpscaleConfig(DrawingOptions):
     """Every option of `gspn-t2i upscale`.
 
     Args:
-        pipeline: diffusers pipeline of Stable Diffusion or SDXL, a folder or a name on the Hub
+        pipeline: diffusers pipeline of Stable Diffusion or SDXL, a folder, a name on the Hub, or a .safetensors file
         prompt: what the image shows
         image: file to start from; null is an image is drawn first
         image_size: of the image that is drawn first, multiples of 8; null is the pipeline's own

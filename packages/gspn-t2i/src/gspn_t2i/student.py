@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,7 +52,14 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Any:
         FileNotFoundError: there is none of this name, or it cannot be downloaded.
         ValueError: the pipeline has no UNet.
     """
-    pipeline = load_pipeline(config.pipeline, None, DTYPES[config.precision])
+    pipeline = load_pipeline(
+        config.pipeline,
+        None,
+        DTYPES[config.precision],
+        variant=config.variant,
+        revision=config.revision,
+        pipeline_config=config.pipeline_config,
+    )
     for name in ("vae", "unet", "text_encoder", "text_encoder_2"):
         module: nn.Module | None = getattr(pipeline, name, None)
         if module is not None:
@@ -84,6 +92,28 @@ def build_adapter(config: DistillConfig, teacher: nn.Module) -> GSPNAdapter:
         )
     adapter.mixers.to(device=next(teacher.parameters()).device, dtype=torch.float32).requires_grad_(True)
     return adapter
+
+
+def make_optimizer(config: DistillConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make AdamW, torch's or the one of bitsandbytes, which keeps its moments in 8 bits.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise ValueError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
+
+    class Adam(AdamW8bit):  # type: ignore[misc, unused-ignore]
+        # Its own hides the moments within a dictionary, for FSDP, where checkpoints do not find them.
+        state_dict = torch.optim.Optimizer.state_dict
+
+    optimizer: torch.optim.Optimizer = Adam(parameters, **options)
+    return optimizer
 
 
 def student_of(unet: nn.Module) -> nn.Module:

@@ -18,19 +18,32 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from gspn_core.runs.errors import explaining_memory
-from gspn_core.runs.files import check_record, write_json
+from gspn_core.runs.files import check_record, locked, read_json, write_json
 from gspn_core.runs.images import read_image
 from gspn_core.runs.options import ImageSize, to_dict
 
 from .demofusion import Predictor, Terms, chunk_feed_forward, decode, image_to_image
-from .pipelines import DTYPES, check_offload, is_tiled, load_pipeline, one_device, own_size, place, save_png
+from .generate import check_growth
+from .pipelines import (
+    DTYPES,
+    PLACES,
+    check_offload,
+    hash_parts,
+    is_tiled,
+    one_device,
+    open_pipeline,
+    own_size,
+    place,
+    precision_of,
+    save_png,
+)
 from .scaling import LARGE, UpscaleConfig, nominal, plan
 
 # Options that the record leaves out: sizes and strengths, as it has the resulting steps; and what saves memory without
 # changing weights, so that a run can continue after memory ran out.
-_FREE = {"image", "image_size", "scale", "target", "out", "strength_schedule", "strengths", "sampler_steps_from_4k"}
-_FREE |= {"memory", "vae_tiling", "split_guidance", "chunked_feed_forward", "offload", "dilated_batch"}
-_FREE |= {"device", "progress"}
+_LEFT_OUT = {"image", "image_size", "scale", "target", "out", "strength_schedule", "strengths", "sampler_steps_from_4k"}
+_LEFT_OUT |= {"memory", "vae_tiling", "split_guidance", "chunked_feed_forward", "offload", "dilated_batch"}
+_LEFT_OUT |= {"device", "progress"}
 
 
 def read_original(name: str) -> tuple[Image.Image, str]:
@@ -90,7 +103,9 @@ class Upscaling:
             self.original, self.digest = read_original(config.image)
         check_offload(config.offload, config.device)
         self.device = one_device(config.device)
-        self.drawing = load_pipeline(config.pipeline, config.adapter, DTYPES[config.precision])
+        self.precision = precision_of(config)
+        self.drawing = open_pipeline(config, config.pipeline)
+        self.weights = hash_parts(self.drawing.components)
         # The same modules, and so the same mixers and hooks.
         self.pipeline = AutoPipelineForImage2Image.from_pipe(self.drawing)
         if not isinstance(self.pipeline, (StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline)):
@@ -109,11 +124,15 @@ class Upscaling:
 
     def _open_folder(self) -> int:
         """Return how many files need not be made: the last one that is there, and those before it."""
-        settings = {name: value for name, value in to_dict(self.config).items() if name not in _FREE}
-        settings |= {"image": self.digest, "size": str(self.size), "steps": [step.record() for step in self.steps]}
+        settings = {name: value for name, value in to_dict(self.config).items() if name not in _LEFT_OUT}
+        steps = [step.record() for step in self.steps]
+        settings |= {"image": self.digest, "size": str(self.size), "steps": steps}
+        settings |= {"precision": self.precision, "weights_sha256": self.weights}
         record = self.out / "settings.json"
         finished = max((number for number, file in enumerate(self.files, 1) if file.is_file()), default=0)
-        check_record(record, settings)
+        check_record(record, settings, free=(*PLACES, "steps"))
+        if record.is_file():
+            check_growth(record, "scale or target", steps, read_json(record)["steps"])
         if finished and not record.is_file():
             name = self.files[finished - 1].name
             raise ValueError(f"{self.out} holds {name} of unknown settings; give another folder as `out`")
@@ -123,11 +142,11 @@ class Upscaling:
     def _place(self) -> None:
         """Put the pipeline where it computes, with what saves memory at every size."""
         config, pipeline = self.config, self.pipeline
-        if config.precision != "fp32" and getattr(pipeline.vae.config, "force_upcast", False):
+        if self.precision != "fp32" and getattr(pipeline.vae.config, "force_upcast", False):
             pipeline.vae.float()  # its activations do not fit float16
         if config.layerwise_casting:
             pipeline.unet.enable_layerwise_casting(
-                storage_dtype=torch.float8_e4m3fn, compute_dtype=DTYPES[config.precision]
+                storage_dtype=torch.float8_e4m3fn, compute_dtype=DTYPES[self.precision]
             )
         place(pipeline, self.device, config.offload)
 
@@ -197,7 +216,7 @@ class Upscaling:
         config, step = self.config, self.steps[number - 1] if number else None
         saving = savers(config, step.size if step else self.size)
         useful = {
-            "--precision bf16": config.precision == "fp32",
+            "--precision bf16": self.precision == "fp32",
             "--vae-tiling always": not saving.vae_tiling,
             "--split-guidance always": not saving.split_guidance,
             "--chunked-feed-forward always": not saving.chunked_feed_forward,
@@ -223,10 +242,14 @@ class Upscaling:
             process since it started.
 
         Raises:
-            ValueError: the folder holds images of other settings.
+            ValueError: the folder holds images of other settings, or another process draws there.
             MemoryError: the device's memory is not enough; the message says what saves some.
             WriteError: the disk is full or not writable.
         """
+        with locked(self.out):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         began = time.perf_counter()
         finished = self._open_folder()
         if finished < len(self.files):
