@@ -127,6 +127,36 @@ def test_predict(run, training_folder, capsys):
     assert re.fullmatch(r".*3\.png: (blue|green|red) \d+\.\d%, (blue|green|red) \d+\.\d%\n", out)
 
 
+def test_predict_shows_what_it_has(run, training_folder, tmp_path, capsys):
+    """A file that cannot be read stops it after those before, or is passed over; other files are no images."""
+    shutil.copytree(training_folder / "val" / "red", tmp_path / "red")
+    (tmp_path / "red" / "notes.pdf").write_bytes(b"%PDF-1.4 no image")
+    (tmp_path / "red" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(tmp_path / "red" / "1.png", tmp_path / "red" / ".ipynb_checkpoints")
+    (tmp_path / "red" / "2.png").write_bytes(b"broken")
+    words = ("predict", "--images", tmp_path / "red", "--checkpoint", run, "--top", 1, "--batch-size", 3)
+    code, out, err = call(capsys, *words)
+    before = sorted(path.name for path in (tmp_path / "red").glob("*.png"))
+    before = before[: before.index("2.png")]
+    assert (code, [Path(line.partition(":")[0]).name for line in out.splitlines()]) == (2, before)
+    assert err == f"gspn-vision: error: cannot read image '{tmp_path}/red/2.png': not an image\n"
+    code, out, err = call(capsys, *words, "--unreadable", "skip", "--image-size", "24", "--crop-pct", "1")
+    assert (code, len(out.splitlines())) == (0, 15)
+    assert err.endswith("skipped 1 unreadable image(s)\n")
+
+
+def test_validate_at_another_size(run, capsys):
+    code, out, _ = call(capsys, "validate", "--checkpoint", run, "--image-size", "40", "--crop-pct", "1", "--json")
+    assert (code, json.loads(out)["images"]) == (0, 48)
+
+
+def test_visualize_a_digit(digits_run, tmp_path, capsys):
+    words = ("visualize", "--checkpoint", digits_run, "--image", "digits:3", "--out", tmp_path / "map.png")
+    assert call(capsys, *words)[0] == 0
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.width > 500
+
+
 def test_predict_digits(digits_run, capsys):
     code, out, _ = call(
         capsys, "predict", "--images", "digits:21", "digits:1796", "--checkpoint", digits_run, "--top", "1"
@@ -184,6 +214,12 @@ def test_bad_input_is_one_line(run, training_folder, tmp_path, capsys):
         "no configuration file 'absent'; shipped are ": ["train", "--config", "absent"],
         "got 'resnet5'; perhaps one of": ["train", "--model", "resnet5", "--out", str(tmp_path / "x")],
         "lr: ": ["train", "--lr", "fast"],
+        "auto_augment must be a policy of timm": ["train", "--auto-augment", "foo", "--out", str(tmp_path / "y")],
+        "pretrained: timm has no weights of gspn2_nano": ["train", "--pretrained", "--out", str(tmp_path / "y")],
+        "model_kwargs must not hold 'pretrained'": [
+            *("train", "--model-kwargs", "{pretrained: true}", "--out", str(tmp_path / "y"))
+        ],
+        "out must name a folder, got the file": ["train", "--out", str(broken)],
         "cannot read image 'absent.png'": ["visualize", "--image", "absent.png", *run_],
     }
     for message, arguments in cases.items():
@@ -259,3 +295,17 @@ def test_benchmark(capsys, tmp_path):
     assert "batch 2" in out
     (row,) = json.loads(file.read_text())["rows"]
     assert row["images_per_second"] > 0
+
+
+def test_a_script_of_timms_knows_the_models(tmp_path):
+    (tmp_path / "neighbour.py").write_text("NAME = 'gspn2_nano'\n")
+    (tmp_path / "script.py").write_text(
+        "import sys, timm, neighbour\n"
+        "if __name__ == '__main__':\n"
+        "    print(timm.is_model(neighbour.NAME), sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-m", "gspn_vision.timm", str(tmp_path / "script.py"), "DATA", "--model", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "True ['DATA', '--model', 'x']\n"
+    done = subprocess.run([*command[:3], "absent.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "gspn_vision.timm: error: no script 'absent.py'\n")

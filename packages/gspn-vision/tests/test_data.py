@@ -78,7 +78,7 @@ def test_bad_folders(image_folder, tmp_path):
     with pytest.raises(ValueError, match="classes that the training data or the checkpoint has not: blue"):
         open_source(str(image_folder), "validation", class_names=["green", "red", "white"])
     (image_folder / "train" / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no valid file for the classes empty"):
+    with pytest.raises(FileNotFoundError, match="no images for the classes empty in"):
         open_source(str(image_folder), "train")
 
 
@@ -86,7 +86,8 @@ def test_timm_data_sets(image_folder, tmp_path):
     source = open_source("torch/image_folder", "train", root=str(image_folder))
     assert source.class_names == ["blue", "green", "red"]
     image, label = source[17]
-    assert (image.size, label, source.name(17)) == ((36, 40), 2, "torch/image_folder:17")
+    assert (image.size, label) == ((36, 40), 2)
+    assert source.name(17).endswith("train/red/5.png")
     with pytest.raises(ValueError, match="cannot open the data set 'torch/nonsense'"):
         open_source("torch/nonsense", "train", root=str(tmp_path))
     with pytest.raises(ValueError, match="10 classes, more than the 2 of the head"):

@@ -9,10 +9,12 @@ import torch
 from vision_cases import TINY, tiny_run
 
 import gspn_vision.export
+from gspn_core import SpatialPropagation
 from gspn_core.runs.options import make
 from gspn_vision import cli
 from gspn_vision.config import TrainConfig
 from gspn_vision.export import ExportMismatchError, as_text, export, open_model
+from gspn_vision.models.blocks import ExportablePropagation
 from gspn_vision.train import train
 
 MODELS = ("gspn_nano", "gspn2_nano")
@@ -74,6 +76,20 @@ def test_onnx_of_any_size(onnxruntime, tmp_path):
     for shape in ((1, 1, 33, 80), (3, 1, 32, 32), (2, 1, 16, 300), (1, 1, 5, 7)):
         x = images(*shape)
         assert_equal(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), model, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+def test_timms_own_export(onnxruntime, tmp_path):
+    """timm's onnx_export.py makes the model with exportable=True, and knows no operators but torch's."""
+    from timm.utils.onnx import onnx_export, onnx_forward
+
+    model = tiny(exportable=True)
+    onnx_export(model, str(tmp_path / "model.onnx"), batch_size=2, input_size=(3, 10, 16))
+    x = images(3, 3, 10, 16)
+    assert_equal(torch.from_numpy(onnx_forward(str(tmp_path / "model.onnx"), x)), model, x)
+    with timm.layers.set_exportable(True):
+        assert type(tiny().stages[0].blocks[0].mixer.propagation) is ExportablePropagation
+    assert type(tiny().stages[0].blocks[0].mixer.propagation) is SpatialPropagation
 
 
 def test_torch(tmp_path):

@@ -7,7 +7,7 @@ from vision_cases import TINY, tiny_run, write_images
 from gspn_core.runs.options import make
 from gspn_vision import checkpoint
 from gspn_vision.config import TrainConfig
-from gspn_vision.finetune import freeze, start_from
+from gspn_vision.finetune import freeze, start_from, training_mode
 from gspn_vision.models import build_model
 from gspn_vision.train import Trainer, train
 
@@ -51,6 +51,35 @@ def test_start_from_a_file(trained, tmp_path):
         model = build_model("gspn2_nano", arguments)
         assert start_from(model, str(tmp_path / file)) == []
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "backbone.", "module.model."])
+def test_start_from_weights_with_a_prefix(prefix, tmp_path):
+    weights = build_model("gspn2_nano", {**TINY, "num_classes": 3}).state_dict()
+    save_file({f"{prefix}{name}": tensor for name, tensor in weights.items()}, tmp_path / "weights.safetensors")
+    model = build_model("gspn2_nano", {**TINY, "num_classes": 3})
+    assert start_from(model, str(tmp_path / "weights.safetensors")) == []
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_start_from_weights_of_other_channels(channels, tmp_path):
+    """As timm adapts them: summed for one, repeated for more."""
+    weights = build_model("gspn2_nano", {**TINY, "num_classes": 3}).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    model = build_model("gspn2_nano", {**TINY, "num_classes": 3, "in_chans": channels})
+    start_from(model, str(tmp_path / "weights.safetensors"))
+    colours = weights["stem.0.weight"]
+    expected = colours.sum(1, keepdim=True) if channels == 1 else 0.75 * colours[:, [0, 1, 2, 0]]
+    torch.testing.assert_close(model.stem[0].weight.detach(), expected)
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+    model.training = False
+    training_mode(model, ["1"])
+    model(torch.randn(4, 3, 2, 2) + 5)
+    assert model[0].running_mean.abs().min() > 0 and model[1][0].running_mean.abs().max() == 0
 
 
 def test_start_from_errors(trained, tmp_path):

@@ -14,6 +14,7 @@ from vision_cases import TINY, write_images
 
 from gspn_core import SpatialPropagation
 from gspn_vision.models import Gspn, checkpoint_filter_fn
+from gspn_vision.models.blocks import ExportablePropagation
 from gspn_vision.models.published import PUBLISHED
 from gspn_vision.profile import profile, table
 
@@ -144,6 +145,16 @@ def test_reset_classifier(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_reset_classifier_keeps_device_dtype_and_mode(name):
+    """Also after a head without classes, which has no parameters to tell."""
+    model = make(name, num_classes=10).eval().to("meta", torch.float64)
+    for classes, pool in ((0, None), (2, None), (0, ""), (3, "avg")):
+        model.reset_classifier(classes, pool)
+        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
+        assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_features_only(name):
     model = make(name, features_only=True).eval()
     outputs = model(images(1, 3, 96, 64))
@@ -224,6 +235,17 @@ def test_torchscript(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["getter", "fx"])
+def test_torchscript_of_features(name, kind):
+    """`forward_intermediates` is scripted with the getter, a graph of torch.fx with the other."""
+    model = timm.create_model(name, features_only=True, feature_cls=kind, out_indices=(0, 2)).eval()
+    x = images(1, 3, 64, 96)
+    with torch.no_grad():
+        for ours, expected in zip(torch.jit.script(model)(x), model(x), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_fx(name):
     model = make(name, **TINY).eval()
     graph = torch.fx.symbolic_trace(model)
@@ -282,6 +304,17 @@ def test_float16(name):
     y = model.half()(x.half())
     assert y.dtype == torch.float16
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 9])
+@pytest.mark.parametrize("kind", [{"proxy_channels": 2}, {"weight_groups": 4}])
+def test_the_exportable_propagation_is_the_same(kind, chunk_size):
+    ours = SpatialPropagation(4, chunk_size=chunk_size, **kind)
+    plain = ExportablePropagation(4, chunk_size=chunk_size, **kind)
+    plain.load_state_dict(ours.state_dict())
+    for size in ((5, 7), (1, 4), (6, 1)):
+        x = images(2, 4, *size)
+        torch.testing.assert_close(plain(x), ours(x))
 
 
 def test_images_that_do_not_fit_are_refused():

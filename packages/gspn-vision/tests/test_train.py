@@ -237,3 +237,21 @@ def test_no_averages(tiny_options, tmp_path):
     model = timm.create_model(f"local-dir:{summary['model']}", pretrained=True)
     best = checkpoint.read_weights(checkpoint.locate(tmp_path / "run"), "model")
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_of_one_size_is_made_for_the_size_asked_for(training_folder, tmp_path):
+    """A ViT of timm takes images of one size, 224 by default."""
+    change = {"model": "test_vit", "model_kwargs": {}, "image_size": [32, 48], "out": str(tmp_path / "run")}
+    summary = train(make(TrainConfig, tiny_run(training_folder) | change))
+    loaded = checkpoint.load_model(summary["folder"])
+    assert loaded.model.patch_embed.img_size == (32, 48)
+
+
+def test_pretrained_weights(training_folder, tmp_path, monkeypatch):
+    """Are timm's, adapted to classes and colours; a continuation does not ask for them again."""
+    weights = timm.create_model("test_resnet", num_classes=1000).state_dict()
+    monkeypatch.setattr("timm.models._builder._resolve_pretrained_source", lambda cfg: ("state_dict", weights))
+    change = {"model": "test_resnet", "model_kwargs": {}, "pretrained": True, "in_chans": 1, "out": str(tmp_path / "r")}
+    trainer = Trainer(make(TrainConfig, tiny_run(training_folder) | change))
+    name = next(iter(weights))
+    torch.testing.assert_close(trainer.bare_model.state_dict()[name], weights[name].sum(1, keepdim=True))

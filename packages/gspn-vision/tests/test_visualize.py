@@ -73,8 +73,9 @@ def test_sizes(model, photograph):
     assert result.photograph.size == (200, 64)
     assert result.pixel == (63, 198)
     assert result.maps.shape == (4, 4, 13)
-    with pytest.raises(ValueError, match="image_size must be at least 32x32, got 20x200"):
-        visualize.heat_maps(model, PREP, photograph, size=(20, 200))
+    assert visualize.heat_maps(model, PREP, photograph.resize((8, 8))).maps.shape == (4, 1, 1)
+    large = visualize.heat_maps(model, PREP, photograph.resize((2400, 96)), pixel=(95, 2399))
+    assert (large.photograph.size, large.pixel) == ((1024, 41), (40, 1023))
     with pytest.raises(ValueError, match="has no propagation layer"):
         visualize.heat_maps(timm.create_model("test_convnext"), PREP, photograph)
 
@@ -98,3 +99,10 @@ def test_a_page_of_all_layers(model, photograph, tmp_path):
     assert picture.shape[1] > picture.shape[0]
     assert picture[..., :3].std() > 0.05
     visualize.draw_page(results[:1], tmp_path / "one.png")
+
+
+def test_the_mark_is_where_the_map_is_hottest(model, photograph):
+    """Drawn over the photograph, a position of a coarse map is centred where its middle is."""
+    result = visualize.heat_maps(model, PREP, photograph, pixel=(40, 80), layer="stages.2.blocks.0.mixer.propagation")
+    assert result.maps.shape[-2:] == (6, 10) and result.position == (2, 5)
+    assert visualize.center_of(result) == (2.5 * 96 / 6, 5.5 * 160 / 10)

@@ -39,6 +39,7 @@ class TrainConfig(TrainingOptions):
         drop_rate: dropout before the classifier
         drop_path_rate: stochastic depth, at the last block
         compile: compile the model with torch.compile
+        pretrained: begin with the pretrained weights of a timm model
         start_from: weights to begin with, a run, a checkpoint, a timm folder or a file of weights; a head of other
             classes starts afresh
         freeze: modules that are not trained, such as stem stages.0
@@ -85,6 +86,7 @@ class TrainConfig(TrainingOptions):
     drop_rate: ClosedUnitInterval = 0.0
     drop_path_rate: ClosedUnitInterval = 0.0
     compile: bool = False
+    pretrained: bool = False
     freeze: list[str] = dataclasses.field(default_factory=list)
     data: str = "digits"
     data_root: str | None = None
@@ -153,6 +155,8 @@ class ValidateConfig(ModelOptions):
         data: data set, as of train; null is the one it was trained with
         data_root: folder that a timm data set is stored in
         split: of the data; null is the validation split
+        image_size: height and width of the input; null is that of the model's preprocessing
+        crop_pct: share of the image's side that is kept; null is that of the model's preprocessing
         batch_size: images per process and forward pass
         workers: processes that load data, per process
         unreadable: stop at an image that cannot be read, or skip it
@@ -164,6 +168,8 @@ class ValidateConfig(ModelOptions):
     data: str | None = None
     data_root: str | None = None
     split: str | None = None
+    image_size: ImageSize | None = None
+    crop_pct: PositiveFloat | None = None
     batch_size: PositiveInt = 128
     workers: NonNegativeInt = 4
     unreadable: Unreadable = "stop"
@@ -179,12 +185,18 @@ class PredictConfig(ModelOptions):
     Args:
         images: image files, folders of them, or digits:N for number N of scikit-learn's digits
         top: classes per image
+        image_size: height and width of the input; null is that of the model's preprocessing
+        crop_pct: share of the image's side that is kept; null is that of the model's preprocessing
+        batch_size: images per forward pass
         unreadable: stop at an image that cannot be read, or skip it
         device: auto takes the accelerator if any
     """
 
     images: list[str]
     top: PositiveInt = 5
+    image_size: ImageSize | None = None
+    crop_pct: PositiveFloat | None = None
+    batch_size: PositiveInt = 16
     unreadable: Unreadable = "stop"
     device: Device = "auto"
 
@@ -200,7 +212,8 @@ class VisualizeConfig(ModelOptions):
         layer: layer to show; null is the first that scans the whole map
         all_layers: one page of all layers instead of one layer
         list_layers: list the layers and stop
-        image_size: height and width that the photograph is resized to; null is its own
+        image_size: height and width that the photograph is resized to; null is its own, of which the longer side is at
+            most 1024
     """
 
     image: str | None = None

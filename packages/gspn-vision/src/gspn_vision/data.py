@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from gspn_core.runs.images import UnreadableImageError
+from gspn_core.runs.options import ImageSize
 from gspn_core.runs.order import AUGMENT, Order, seed_all
 from gspn_core.runs.training import leave_interrupts, loader_workers
 
@@ -52,6 +53,11 @@ class Preprocessing:
         """Return it as `pretrained_cfg` holds it."""
         values = dataclasses.asdict(self)
         return {"input_size": (values.pop("in_chans"), *values.pop("size")), **values}
+
+    def changed(self, size: ImageSize | None, crop_pct: float | None) -> Preprocessing:
+        """Return the same for another size or crop, as of a test at a larger size than trained at."""
+        sides = self.size if size is None else (size.height, size.width)
+        return dataclasses.replace(self, size=sides, crop_pct=self.crop_pct if crop_pct is None else crop_pct)
 
     @property
     def mode(self) -> str:
@@ -162,9 +168,12 @@ class Samples(Dataset[Sample]):
         for _ in range(len(self)):
             try:
                 image, target = self.source[index]
+                image = image.convert(self.mode)
                 break
             except UnreadableImageError as error:
                 passed.append(str(error))
+            except ValueError as error:  # colours that Pillow cannot convert
+                passed.append(f"cannot read image {self.source.name(index)!r}: {error}")
             if not training:
                 return Sample(None, -1, index, tuple(passed))
             index = (index + 1) % len(self)
@@ -172,7 +181,7 @@ class Samples(Dataset[Sample]):
             raise UnreadableImageError(f"none of the {len(self)} images can be read; the first: {passed[0]}")
         if training:
             seed_all(AUGMENT, self.seed, epoch, index)
-        return Sample(self.transform(image.convert(self.mode)), target, index, tuple(passed))
+        return Sample(self.transform(image), target, index, tuple(passed))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from timm.models import load_state_dict
+from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 from gspn_core.runs.checkpoints import load_weights
@@ -13,6 +14,8 @@ from gspn_core.runs.checkpoints import load_weights
 from .checkpoint import locate
 from .checkpoint import read_weights as read_checkpoint
 from .models import checkpoint_filter_fn
+
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
 def read_weights(origin: str) -> dict[str, Tensor]:
@@ -34,14 +37,37 @@ def read_weights(origin: str) -> dict[str, Tensor]:
         raise ValueError(f"start_from cannot be read: {origin}: {error}") from None
 
 
+def _without_prefix(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Take off what wrappers and other trainers put before names, such as `module.`, where none fits with it."""
+    for prefix in _PREFIXES:
+        if not any(name in own for name in weights) and any(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return weights
+
+
+def _adapt_first_convolution(model: nn.Module, weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Sum or repeat the first convolution's weights over colours, as timm does, for other input channels."""
+    first: Any = getattr(model, "default_cfg", {}).get("first_conv")
+    for name in (f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first or ())):
+        if name in weights and name in own and weights[name].shape[1] != own[name].shape[1]:
+            try:
+                weights[name] = adapt_input_conv(own[name].shape[1], weights[name])
+            except NotImplementedError:  # weights of other than 3 channels; load_weights names them
+                return
+
+
 def start_from(model: nn.Module, origin: str) -> list[str]:
     """Load weights to fine-tune; return the names that were not loaded: a classifier with another number of classes.
+
+    Prefixes `module.`, `_orig_mod.`, `model.` and `backbone.` are taken off, and the first convolution is adapted to
+    other input channels.
 
     Raises:
         FileNotFoundError, ValueError: see `read_weights`; or the weights are of another model.
     """
-    weights = read_weights(origin)
     own = model.state_dict()
+    weights = _without_prefix(read_weights(origin), own)
+    _adapt_first_convolution(model, weights, own)
     classifier = model.get_classifier()  # type: ignore[operator]
     of_head = {
         f"{name}.{parameter}"
@@ -55,6 +81,15 @@ def start_from(model: nn.Module, origin: str) -> list[str]:
         weights |= {name: own[name] for name in fresh}
     load_weights(model, weights, origin)
     return fresh
+
+
+def training_mode(model: nn.Module, frozen: Sequence[str]) -> None:
+    """Put a model in training mode, but for the batch norms of frozen modules, whose running statistics stay."""
+    model.train()
+    for name in frozen:
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from gspn_core.runs.images import UnreadableImageError, read_image
+from gspn_core.runs.images import UnreadableImageError, find_images, read_image
 from gspn_core.runs.training import device_of
 
 from .checkpoint import load_model
 from .config import PredictConfig
 from .data import Preprocessing, Unreadable
-from .sources import Digits
-
-_SUFFIXES = frozenset(Image.registered_extensions())
+from .sources import SUFFIXES, Digits
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -38,7 +36,7 @@ def expand(names: Iterable[str]) -> list[str]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            found = find_images(path, SUFFIXES)
             if not found:
                 raise FileNotFoundError(f"no images in the folder {name!r}")
             images += [str(p) for p in found]
@@ -63,7 +61,6 @@ def open_image(name: str) -> tuple[Image.Image, str | None]:
     return Image.fromarray(digits.images[int(number)]), str(digits.targets[int(number)])
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     preprocessing: Preprocessing,
@@ -72,8 +69,9 @@ def predict(
     *,
     top: int = 5,
     unreadable: Unreadable | None = None,
-) -> list[Guess]:
-    """Return the likeliest classes of each image.
+    batch_size: int = 1,
+) -> Iterator[Guess]:
+    """Yield the likeliest classes of each image, as soon as they are known.
 
     Args:
         model: in evaluation mode.
@@ -82,37 +80,59 @@ def predict(
         names: image files, folders of them, or "digits:NUMBER".
         top: classes per image, at most all.
         unreadable: what to do with images that cannot be read; stops at the first by default.
+        batch_size: images per forward pass.
+
+    Raises:
+        UnreadableImageError: an image cannot be read, and that is to stop; those before it have been yielded.
     """
     policy = unreadable or Unreadable("stop")
     transform = preprocessing.transform()
-    device = next(model.parameters()).device
-    guesses = []
+    device, top = next(model.parameters()).device, min(top, len(class_names))
+
+    def guesses(batch: list[tuple[str, str | None, Tensor]]) -> Iterator[Guess]:
+        with torch.inference_mode():
+            logits = model(torch.stack([x for _, _, x in batch]).to(device))
+        values, places = logits.float().softmax(1).topk(top)
+        for (name, truth, _), shares, rows in zip(batch, values.tolist(), places.tolist(), strict=True):
+            yield Guess(image=name, classes=[class_names[row] for row in rows], probabilities=shares, truth=truth)
+
+    batch: list[tuple[str, str | None, Tensor]] = []
     for name in expand(names):
         try:
             image, truth = open_image(name)
         except UnreadableImageError as error:
+            if policy.policy == "stop" and batch:
+                yield from guesses(batch)
             policy.note([str(error)])
             continue
-        x = transform(image.convert(preprocessing.mode))[None].to(device)
-        values, places = model(x)[0].float().softmax(0).topk(min(top, len(class_names)))
-        classes = [class_names[place] for place in places.tolist()]
-        guesses.append(Guess(image=name, classes=classes, probabilities=values.tolist(), truth=truth))
+        batch.append((name, truth, transform(image.convert(preprocessing.mode))))
+        if len(batch) == batch_size:
+            yield from guesses(batch)
+            batch = []
+    if batch:
+        yield from guesses(batch)
     policy.report()
-    return guesses
 
 
-def run(config: PredictConfig) -> dict[str, Any]:
-    """Predict as configured."""
+def run(config: PredictConfig) -> Iterator[dict[str, Any]]:
+    """Predict as configured, image by image."""
     loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
-    model = loaded.model.to(device_of(config.device))
-    policy = Unreadable(config.unreadable)
-    guesses = predict(model, loaded.preprocessing, loaded.class_names, config.images, top=config.top, unreadable=policy)
-    return {"images": [dataclasses.asdict(guess) for guess in guesses]}
+    preprocessing = loaded.preprocessing.changed(config.image_size, config.crop_pct)
+    for guess in predict(
+        loaded.model.to(device_of(config.device)),
+        preprocessing,
+        loaded.class_names,
+        config.images,
+        top=config.top,
+        unreadable=Unreadable(config.unreadable),
+        batch_size=config.batch_size,
+    ):
+        yield dataclasses.asdict(guess)
 
 
-def as_text(result: dict[str, Any]) -> str:
-    """Return a line for each image."""
-    return "\n".join(line_of(Guess(**values)) for values in result["images"])
+def as_text(values: dict[str, Any]) -> str:
+    """Return the line of an image."""
+    return line_of(Guess(**values))
 
 
 def line_of(guess: Guess) -> str:

@@ -11,8 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from gspn_core.runs.images import UnreadableImageError, read_image
+from gspn_core.runs.images import UnreadableImageError, find_images, read_image
+
+# What torchvision takes for an image, and two more that Pillow decodes itself.
+SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif")
 
 _SYNONYMS = {"validation": ("validation", "val"), "val": ("val", "validation")}
 
@@ -65,7 +69,9 @@ class Digits:
 
 
 class Folder:
-    """A folder with one folder of images per class.
+    """A folder with one folder of images per class, which may lie in folders of its own.
+
+    Hidden folders are not classes, and a loop of links does not repeat images; see `find_images`.
 
     Args:
         root: the folder.
@@ -80,10 +86,17 @@ class Folder:
     def __init__(self, root: Path, class_names: Sequence[str] | None = None) -> None:
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {str(root)!r}")
-        # timm finds classes by the innermost folder's name and passes over empty ones; torchvision, offered by timm
-        # under this name, takes the outermost and refuses empty ones.
-        self._folder = create_dataset("torch/image_folder", root=str(root), search_split=False)
-        found: list[str] = self._folder.classes
+        files = {
+            folder.name: find_images(folder, SUFFIXES)
+            for folder in sorted(root.iterdir())
+            if folder.is_dir() and not folder.name.startswith(".")
+        }
+        found = list(files)
+        if not found:
+            raise FileNotFoundError(f"no folders of classes in {str(root)!r}")
+        empty = [name for name in found if not files[name]]
+        if empty:
+            raise FileNotFoundError(f"no images for the classes {', '.join(empty[:5])} in {str(root)!r}")
         self.class_names = list(class_names or found)
         _check_count(str(root), found, self.class_names)
         unknown = sorted(set(found) - set(self.class_names))
@@ -91,20 +104,20 @@ class Folder:
             raise ValueError(
                 f"{root} has classes that the training data or the checkpoint has not: {', '.join(unknown[:5])}"
             )
-        self._labels = [self.class_names.index(name) for name in found]
-        samples = [(Path(path).relative_to(root).as_posix(), found[label]) for path, label in self._folder.samples]
-        self.fingerprint = _fingerprint(samples)
+        self._samples = [(str(file), self.class_names.index(name)) for name in found for file in files[name]]
+        names = [(file.relative_to(root).as_posix(), name) for name in found for file in files[name]]
+        self.fingerprint = _fingerprint(names)
 
     def __len__(self) -> int:
-        return len(self._folder)
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self._folder.samples[index]
-        return read_image(path), self._labels[label]
+        path, label = self._samples[index]
+        return read_image(path), label
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
-        return str(self._folder.samples[index][0])
+        return self._samples[index][0]
 
 
 class TimmSource:
@@ -133,7 +146,10 @@ class TimmSource:
         if self._reader is None:
             return self._decoded(index)
         # Bypass timm's dataset, which silently replaces an unreadable image by the next.
-        file, label = self._reader[index]
+        try:
+            file, label = self._reader[index]
+        except FileNotFoundError:
+            raise UnreadableImageError(f"cannot read image {self.name(index)!r}: there is no such file") from None
         return read_image(file, self.name(index)), int(label)
 
     def _decoded(self, index: int) -> tuple[Image.Image, int]:
@@ -188,6 +204,8 @@ def open_source(
         FileNotFoundError: a folder is missing, or a class folder is empty.
         ValueError: the split or data set is unknown, or has a class that class_names has not.
     """
+    if data.lower() in ("torch/image_folder", "torch/folder") and root is not None:
+        data = root  # timm's name for it; torchvision takes hidden folders for classes, and follows loops of links
     if data == "digits":
         source: Source = Digits(split)
     elif Path(data).is_dir():

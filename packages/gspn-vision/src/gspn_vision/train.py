@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import timm
 import torch
 from timm.data import Mixup, resolve_model_data_config
 from timm.optim import create_optimizer_v2
@@ -36,8 +37,8 @@ from gspn_core.runs.training import (
 from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, write_model
 from .config import TrainConfig
 from .data import Batch, Preprocessing, Samples, Unreadable, training_loader, validation_loader
-from .finetune import freeze, start_from
-from .models import build_model
+from .finetune import freeze, start_from, training_mode
+from .models import build_model, check_name
 from .sources import open_source
 from .validate import evaluate
 
@@ -49,8 +50,20 @@ TABLES = {
 
 
 def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
-    """Return the constructor arguments of a configuration's model."""
+    """Return the constructor arguments of a configuration's model.
+
+    Raises:
+        ValueError: model_kwargs hold one that is an option, or not a constructor's.
+    """
+    for name in ("pretrained", "checkpoint_path", "num_classes", "in_chans", "drop_rate", "drop_path_rate"):
+        if name in config.model_kwargs:
+            raise ValueError(f"model_kwargs must not hold {name!r}: it is an option, or follows from the data")
+    check_name(config.model)
+    size = config.image_size
+    about = timm.models.get_pretrained_cfg(config.model)
+    fixed = about is not None and about.fixed_input_size
     return {
+        **({"img_size": (size.height, size.width)} if fixed else {}),
         "num_classes": classes,
         "in_chans": config.in_chans,
         "drop_rate": config.drop_rate,
@@ -170,9 +183,11 @@ class Trainer:
             checkpoints.load_weights(self.bare_model, read_weights(newest, "model"), newest)
         elif config.start_from is not None:
             start_from(self.bare_model, config.start_from)
+        elif config.pretrained:
+            self.bare_model.load_state_dict(build_model(config.model, self.model_kwargs, pretrained=True).state_dict())
         freeze(self.bare_model, config.freeze)
 
-        self.bare_model.to(self.accelerator.device).train()
+        training_mode(self.bare_model.to(self.accelerator.device), config.freeze)
         self.ema: AveragedModel | None = None
         if config.ema_decay is not None:
             self.ema = averaged(self.bare_model, config.ema_decay, warmup=config.ema_warmup)
@@ -287,7 +302,7 @@ class Trainer:
         show = config.progress and main
         classes = len(self.class_names)
         metrics = evaluate(model, self.val_loader, self.accelerator, classes, self.unreadable, progress=show)
-        self.bare_model.train()
+        training_mode(self.bare_model, config.freeze)
         self.metrics = {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
         improved = metrics.top1 > self.best["top1"]
         if improved:
@@ -333,7 +348,14 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             write_text(self.folder / "config.yaml", to_yaml(self.config))
-            self.log = Log(self.folder, TABLES, self.step, tensorboard=self.config.tensorboard)
+            self.log = Log(
+                self.folder,
+                TABLES,
+                self.step,
+                tensorboard=self.config.tensorboard,
+                trackers=self.config.trackers,
+                options=to_dict(self.config),
+            )
         try:
             self._train()
         finally:
@@ -383,7 +405,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.bare_model.parameters())
         go_on = f", from update {self.step} on" if self.step else ""
         return (
-            f"{self.config.model}, {parameters / 1e6:.1f} million parameters, on {self.accelerator.device}; "
+            f"{self.config.model}, {parameters:,} parameters, on {self.accelerator.device}; "
             f"{len(self.train_source):,} images of {len(self.class_names)} classes from {self.config.data}; "
             f"{self.config.epochs} epochs, {self.steps:,} updates of {self.images_per_update} images{go_on}; "
             f"to {self.folder}"

@@ -122,7 +122,8 @@ def validate(config: ValidateConfig) -> tuple[Metrics, list[Prediction], Source,
         The metrics, the predictions in the order of the data, the data, and the class names.
     """
     loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
-    preprocessing, class_names = loaded.preprocessing, loaded.class_names
+    class_names = loaded.class_names
+    preprocessing = loaded.preprocessing.changed(config.image_size, config.crop_pct)
     trained_with = loaded.state.get("data") or {}
     if config.data is None and not trained_with:
         raise ValueError(f"data must be given: {config.checkpoint!r} does not say what it was trained with")

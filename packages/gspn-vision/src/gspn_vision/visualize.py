@@ -28,6 +28,7 @@ _TITLES = {
 }
 
 _DECADES = 3  # of the colour scale
+LONGEST = 1024  # side of a photograph that is not asked for in another size
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -87,19 +88,19 @@ def heat_maps(
         photograph: any image.
         pixel: row and column in the photograph; its centre by default.
         layer: a name out of `layers(model)`; the first that scans the whole map by default.
-        size: height and width that the photograph is resized to; its own by default.
+        size: height and width that the photograph is resized to; its own by default, but with a longer side of at most
+            `LONGEST`: the cost of the forward pass and of its maps grows with the pixels.
 
     Raises:
-        ValueError: the pixel lies outside, the size is below 32, or there is no such layer.
+        ValueError: the pixel lies outside, or there is no such layer.
     """
     name = choose_layer(model, layer)
     width, height = photograph.size
     row, column = pixel or (height // 2, width // 2)
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"pixel must lie inside {height} rows and {width} columns, got {(row, column)}")
-    rows, columns = size or (height, width)
-    if min(rows, columns) < 32:
-        raise ValueError(f"image_size must be at least 32x32, got {rows}x{columns}")
+    shrink = min(1.0, LONGEST / max(height, width))
+    rows, columns = size or (max(1, round(height * shrink)), max(1, round(width * shrink)))
     photograph = photograph.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC)
     row, column = row * rows // height, column * columns // width
 
@@ -151,10 +152,20 @@ def _overlay(axis: Any, result: HeatMaps, values: Tensor) -> Any:
     )
 
 
+def center_of(result: HeatMaps) -> tuple[float, float]:
+    """Return the row and column, in the photograph, of the centre of the map's position that the impulse started at.
+
+    On a coarse map it is up to half a position off the chosen pixel.
+    """
+    sides = zip(result.position, result.maps.shape[-2:], reversed(result.photograph.size), strict=True)
+    row, column = ((place + 0.5) * pixels / count for place, count, pixels in sides)
+    return row, column
+
+
 def _mark(axis: Any, result: HeatMaps) -> None:
-    row, column = result.pixel
+    row, column = center_of(result)
     for color, line in (("white", 2.4), ("deepskyblue", 1.2)):
-        axis.plot(column + 0.5, row + 0.5, "o", ms=9, mfc="none", mec=color, mew=line)
+        axis.plot(column, row, "o", ms=9, mfc="none", mec=color, mew=line)
     axis.set_axis_off()
 
 

@@ -31,6 +31,7 @@ class Command:
         run: function that takes them and returns the result: plain JSON values, by name.
         help: one line.
         text: function that turns the result into what people read; by default a line for each value.
+        items: name of the results where `run` yields them one by one; `text` is of each then, and shown at once.
         resumable: the same command continues after an interruption.
         shipped: the shipped configurations are of this command.
     """
@@ -39,6 +40,7 @@ class Command:
     run: str
     help: str
     text: str | None = None
+    items: str | None = None
     resumable: bool = False
     shipped: bool = False
 
@@ -93,9 +95,17 @@ def _run(
         shipped=shipped if command.shipped else None,
     )
     result = _load(command.run)(config)
-    if int(os.environ.get("RANK", "0")) == 0:
-        render: Callable[[Any], str] = _load(command.text) if command.text else as_lines
-        print(json.dumps(_finite(result)) if "--json" in words else render(result), flush=True)
+    render: Callable[[Any], str] = _load(command.text) if command.text else as_lines
+    shown, as_json = int(os.environ.get("RANK", "0")) == 0, "--json" in words
+    if command.items is not None:
+        found = []
+        for item in result:
+            found.append(item)
+            if shown and not as_json:
+                print(render(item), flush=True)
+        result = {command.items: found}
+    if shown and (as_json or command.items is None):
+        print(json.dumps(_finite(result)) if as_json else render(result), flush=True)
 
 
 def _status(error: BaseException, program: str, resumable: bool) -> int:

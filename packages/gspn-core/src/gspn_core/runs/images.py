@@ -20,8 +20,9 @@ class UnreadableImageError(ValueError):
 def find_images(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files below a folder whose names end in one of `suffixes`, such as ".png", sorted by path.
 
-    Hidden files and folders, such as `.ipynb_checkpoints`, are passed over. Links are followed, but for those to a folder
-    that they lie in, which would repeat it without end. A link to nothing is among the files; reading it names it.
+    Hidden files and folders, such as `.ipynb_checkpoints`, are passed over. Links are followed, but for those to a
+    folder that they lie in, which would repeat it without end. A link to nothing is among the files; reading it names
+    it.
     """
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):

@@ -26,8 +26,8 @@ from .options import LRSchedule as LRSchedule
 # machine needs: an update has the same items as before, but other roundings and, by other micro-batches, other random
 # numbers. The rest leaves the weights as they are.
 FREE_TO_CHANGE = frozenset(
-    {"out", "resume", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "trackers", "progress"}
-    | {"batch_size", "accumulate", "device", "compile", "tf32", "steps", "data", "unreadable"}
+    {"out", "resume", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "trackers"}
+    | {"progress", "batch_size", "accumulate", "device", "compile", "tf32", "steps", "data", "unreadable"}
 )
 
 

@@ -16,7 +16,7 @@ Sources: GSPN, arXiv 2501.12381; GSPN-2, arXiv 2512.07884; the local perception 
 global response normalisation from ConvNeXt V2, arXiv 2301.00808.
 """
 
-from __future__ import annotations
+# Annotations are not postponed: TorchScript reads those of a graph that torch.fx traced as objects.
 
 from collections.abc import Sequence
 from typing import Any
@@ -210,9 +210,11 @@ class Gspn(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one, and the pooling if given."""
+        like = next(self.parameters())  # of the stem: the head has none where it had no classes
         self.num_classes = num_classes
         self.head.in_features = self.num_features
         self.head.reset(num_classes, global_pool)
+        self.head.to(like.device, like.dtype).train(self.training)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
@@ -235,19 +237,19 @@ class Gspn(nn.Module):
             intermediates_only: return the list alone.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")  # TorchScript does not know !r
         take, last = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early else self.stages
+        end = last if stop_early else len(self.stages) - 1
         intermediates = []
         x = self.stem(x)
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take:
-                final = norm and i == len(self.stages) - 1
-                intermediates.append(self.norm(x) if final else x)
+        for i, stage in enumerate(self.stages):
+            if i <= end:  # TorchScript cannot slice stages
+                x = stage(x)
+                if i in take:
+                    intermediates.append(self.norm(x) if norm and i == len(self.stages) - 1 else x)
         if intermediates_only:
             return intermediates
-        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
+        return (self.norm(x) if end == len(self.stages) - 1 else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

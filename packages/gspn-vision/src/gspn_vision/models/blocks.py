@@ -11,18 +11,17 @@ Sources: GSPN, arXiv 2501.12381; GSPN-2, arXiv 2512.07884; the local perception 
 global response normalisation from ConvNeXt V2, arXiv 2301.00808.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ConvMlp, DropPath, LayerNorm2d
+from timm.layers import ConvMlp, DropPath, LayerNorm2d, is_exportable
 from timm.layers.grn import GlobalResponseNorm
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gspn_core import SpatialPropagation
+from gspn_core import DIRECTIONS, SpatialPropagation, reference
 
 
 class LocalPerception(nn.Module):
@@ -40,6 +39,42 @@ class LocalPerception(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
         return x + self.conv(x)
+
+
+class ExportablePropagation(SpatialPropagation):
+    """The same in plain operations of torch, which any exporter knows; the graph grows with the image.
+
+    Models are made of it while `timm.layers.set_exportable` or `create_model(..., exportable=True)` asks for it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        v, logits, lam, u = self.project(x)
+        y = [u[:, i] * self._scan(lam[:, i] * v, logits[:, i], DIRECTIONS[d]) for i, d in enumerate(self.directions)]
+        return self.lift(torch.stack(y).sum(0))
+
+    def _scan(self, gated: Tensor, logits: Tensor, direction: str) -> Tensor:
+        """Scan (N, P, H, W) with logits (N, G, 3, H, W), G being 1 or P: line i of all chunks at once."""
+        weights = reference.row_stochastic(_in_scan_order(logits, direction)[:, None], directions=("top_to_bottom",))
+        weights, gated = weights[:, 0], _in_scan_order(gated, direction)
+        lines = int(gated.shape[-2])  # a number, not a tensor, where jit traces
+        size = min(self.chunk_size or lines, lines)
+        h = [gated[..., ::size, :]]  # (N, P, chunks, positions)
+        for i in range(1, size):
+            new = gated[..., i::size, :]
+            a, b, c = weights[..., i::size, :].unbind(2)
+            last = F.pad(h[-1][..., : int(new.shape[-2]), :], (1, 1))  # the last chunk may be shorter
+            h.append(a * last[..., :-2] + b * last[..., 1:-1] + c * last[..., 2:] + new)
+        whole = [F.pad(t, (0, 0, 0, int(h[0].shape[-2]) - int(t.shape[-2]))) for t in h]
+        out = torch.stack(whole, dim=3).flatten(2, 3)[:, :, :lines]
+        out = out.flip(2) if direction in ("right_to_left", "bottom_to_top") else out
+        return out.transpose(2, 3) if direction in ("left_to_right", "right_to_left") else out
+
+
+def _in_scan_order(t: Tensor, direction: str) -> Tensor:
+    """`reference.to_scan_order` without `mT`, which torch.onnx's older exporter does not know."""
+    t = t.transpose(-2, -1) if direction in ("left_to_right", "right_to_left") else t
+    return t.flip(-2) if direction in ("right_to_left", "bottom_to_top") else t
 
 
 class Mixer(nn.Module):
@@ -70,7 +105,8 @@ class Mixer(nn.Module):
         inner = int(ratio * channels)
         self.proj_in = nn.Conv2d(channels, inner, 1, **dd)
         self.conv = nn.Conv2d(inner, inner, 7, padding=3, groups=inner, **dd)
-        self.propagation = SpatialPropagation(
+        kind = ExportablePropagation if is_exportable() else SpatialPropagation
+        self.propagation = kind(
             inner,
             proxy_channels=proxy_channels,
             gate_rank=gate_rank,

@@ -22,15 +22,22 @@ def check_name(name: str) -> None:
         raise ValueError(f"model must be a timm model (`gspn*` are this package's), got {name!r}{hint}")
 
 
-def build_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Make a timm model.
+def build_model(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """Make a timm model, with pretrained weights if wanted, which timm adapts to other classes and input channels.
 
     Raises:
-        ValueError: the name or an argument is unknown.
+        ValueError: the name or an argument is unknown, or there are no pretrained weights.
+        FileNotFoundError: these cannot be had.
     """
     check_name(name)
     try:
-        model: nn.Module = timm.create_model(name, **kwargs)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ValueError(f"model_kwargs do not suit {name}: {error}") from None
+    except RuntimeError as error:
+        if "No pretrained weights" not in str(error):
+            raise
+        raise ValueError(f"pretrained: timm has no weights of {name}; give a file as start_from") from None
+    except OSError as error:
+        raise FileNotFoundError(f"pretrained: the weights of {name} cannot be had ({error})") from None
     return model
