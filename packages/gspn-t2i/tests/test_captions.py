@@ -12,9 +12,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from gspn_core.runs.errors import WriteError
 from gspn_core.runs.options import ImageSize
-from gspn_t2i.captions import crop, open_captioned
+from gspn_t2i.captions import crop, open_captioned, read_lines
 from gspn_t2i.conditions import INDEX, SETTINGS, Encoded, Frozen, Pixels, collate, encode
+from gspn_t2i.config import GenerateConfig
+from gspn_t2i.generate import read_prompts
+from gspn_t2i.pairs import read_captions
+from gspn_t2i.upscale import read_original
 
 CAPTIONS = ["a temple", "a flower"]
 
@@ -96,6 +101,81 @@ def test_folder_without_images_or_captions(photographs, tmp_path):
     (folder / "metadata.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="must have a line per image, is empty"):
         open_captioned(str(folder))
+
+
+def test_captions_as_users_write_them(photographs, tmp_path):
+    """Unicode's separators, a byte-order mark, other columns of any kind, and several captions here and there."""
+    rows = [
+        {"file_name": "0.png", "text": "a\u2028line\u0085and\u2029more", "image": "the first", "score": 1},
+        {"file_name": "1.png", "text": ["two", "captions"], "image": 5, "score": "high", "more": {"a": 1}},
+    ]
+    folder = write_folder(tmp_path / "data", photographs)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "metadata.jsonl").write_text("\ufeff" + "\r\n".join(lines) + "\n", encoding="utf-8", newline="")
+    captioned = open_captioned(str(folder))
+    assert captioned.captions == ["a\u2028line\u0085and\u2029more", "two"]
+    assert (np.asarray(captioned[1][0]) == np.asarray(photographs[1])).all()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeffa\u2028line\r\n \nanother\u0085one\n", encoding="utf-8", newline="")
+    assert read_lines(prompts) == read_captions(str(prompts)) == ["a\u2028line", "another\u0085one"]
+    drawing = GenerateConfig(pipeline="p", prompt_file=str(prompts))
+    assert read_prompts(drawing) == ["a\u2028line", "another\u0085one"]
+
+
+@pytest.mark.parametrize(
+    "row,message",
+    [
+        (
+            {"file_name": 5, "text": "a"},
+            r"line 2 of .* must be an object with file_name, a text, got '{\"file_name\": 5",
+        ),
+        ({"file_name": None}, "line 2 of .* must be an object with file_name, a text"),
+        ([1, 2], "line 2 of .* must be an object with file_name, a text"),
+        ({"file_name": "1.png", "text": 5}, "every image must have a caption, image 1 of .* has none that is text"),
+        (
+            {"file_name": "1.png", "text": {"a": "b"}},
+            "every image must have a caption, image 1 of .* has none that is text",
+        ),
+        ({"file_name": "1.png", "text": []}, "every image must have a caption, image 1 of .* has"),
+        ({"file_name": "1.png", "text": [[]]}, "every image must have a caption, image 1 of .* has"),
+        ({"file_name": ""}, "line 2 of .* has a caption without an image: there is no ''"),
+    ],
+)
+def test_rows_that_are_no_captions(photographs, tmp_path, row, message):
+    folder = write_folder(tmp_path / "data", photographs, [{"file_name": "0.png", "text": "a"}, row])
+    with pytest.raises(ValueError, match=message):
+        open_captioned(str(folder))
+
+
+def test_objects_of_several_kinds(photographs, tmp_path):
+    rows = [{"file_name": f"{n}.png", "text": "a", "more": {"b": value}} for n, value in enumerate((1, [2]))]
+    with pytest.raises(ValueError, match=r"metadata.jsonl must have one kind of value under each name: "):
+        open_captioned(str(write_folder(tmp_path / "data", photographs, rows)))
+
+
+def test_a_full_disk_where_a_data_set_is_stored(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("while generating the dataset") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(WriteError, match=r"cannot store the data set .*: .*No space left on device"):
+        open_captioned(str(tmp_path))
+
+
+def test_images_of_16_bits_are_scaled(tmp_path):
+    """In training and in upscaling; Pillow clips them to white."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    levels = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040).astype(np.uint16)
+    Image.fromarray(levels).save(folder / "0.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
+    pixels = Pixels(open_captioned(str(folder)), ImageSize(8, 8))[0].image
+    original = read_original(str(folder / "0.png"))[0]
+    for image in (pixels.permute(1, 2, 0).numpy(), np.asarray(original)):
+        assert (image == np.round(levels / 257)[..., None]).all()
 
 
 def test_missing_and_unreadable_data(photographs, tmp_path):

@@ -1,10 +1,13 @@
 """The command line: its options, its results, and its errors."""
 
+import importlib
 import json
+import sys
 
 import pytest
 from diffusers import DiffusionPipeline
 
+from gspn_core.runs.options import ImageSize, parse
 from gspn_t2i import cli
 
 OPTIONS = {
@@ -65,11 +68,59 @@ def test_tiny_then_generate(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "command,words,name,value",
+    [
+        ("benchmark", "--image-sizes 512x512", "image_sizes", (ImageSize(512, 512),)),
+        ("benchmark", "--mixers gspn2", "mixers", ("gspn2",)),
+        ("evaluate", "--samples x --captions y --metrics clip_t", "metrics", ("clip_t",)),
+        ("evaluate", "--samples x --captions y --reference z --metrics fid clip_t", "metrics", ("fid", "clip_t")),
+        ("distill", "--pipeline x --data y --keep-attention mid_block", "keep_attention", ["mid_block"]),
+        (
+            "distill",
+            "--pipeline x --data y --buckets 512x512 448x576",
+            "buckets",
+            [ImageSize(512, 512), ImageSize(448, 576)],
+        ),
+        ("distill", "--pipeline x --data y --betas 0.9 0.95", "betas", (0.9, 0.95)),
+        ("upscale", "--pipeline x --prompt y --target 160x160", "target", ImageSize(160, 160)),
+        ("upscale", "--pipeline x --prompt y --scale 2 --strengths 0.3", "strengths", [0.3]),
+        ("generate", "--pipeline x --prompts [cat:dog:0.5]", "prompts", ["[cat:dog:0.5]"]),
+        ("generate", "--pipeline x --prompts a [b] {c} 5 null", "prompts", ["a", "[b]", "{c}", "5", "null"]),
+        ("generate", "--pipeline x --prompt a", "prompts", ["a"]),
+        ("generate", "--pipeline x --prompts a --lora l --lora-scales 0.5", "lora_scales", [0.5]),
+        ("upscale", "--pipeline x --prompt [cat:dog:0.5] --scale 2", "prompt", "[cat:dog:0.5]"),
+    ],
+)
+def test_lists_and_texts_as_words(command, words, name, value):
+    module, _, kind = cli.COMMANDS[command].options.partition(":")
+    assert getattr(parse(getattr(importlib.import_module(module), kind), words.split()), name) == value
+
+
+def test_a_closed_output(tmp_path, monkeypatch):
+    """As with `>&-` in a shell."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["tiny", "--family", "sd15", "--out", str(tmp_path / "pipeline")]) == 0
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
     "words,message",
     [
         (["generate", "--pipeline", "no/such/one", "--prompts", "a"], "no pipeline 'no/such/one'"),
         (["generate", "--pipeline", "x"], "prompts or prompt_file must be set"),
         (["generate", "--pipeline", "x", "--promts", "a"], "unknown option '--promts', did you mean '--prompts'?"),
+        (
+            ["generate", "--pipeline", "x", "--prompt", "a", "--prompt", "b"],
+            "a list is written as words: --prompts FIRST",
+        ),
+        (
+            ["generate", "--pipeline", "x", "--prompts", "a", "--controlnet", "c"],
+            "controlnet and control_image need each",
+        ),
+        (
+            ["generate", "--pipeline", "x", "--prompts", "a", "--lora-scales", "1"],
+            "lora_scales must be one of each LoRA, 0",
+        ),
         (["benchmark", "--image-sizes", "12"], "image_sizes must be multiples of 8, got 12x12"),
         (["distill", "--config", "sd3"], "no configuration file 'sd3'; shipped are sd15, sdxl"),
         (["upscale", "--pipeline", "x", "--prompt", "a"], "either scale or target must be set"),

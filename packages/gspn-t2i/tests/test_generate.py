@@ -1,18 +1,21 @@
 """Drawing prompts: folders, continuation, several processes, and what is refused."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from PIL import Image
 from t2i_cases import in_two_processes, interrupt, program
 
 from gspn_core.runs.errors import WriteError
+from gspn_core.runs.files import locked
 from gspn_core.runs.options import ImageSize
-from gspn_t2i import cli, generate
+from gspn_t2i import GSPNAdapter, cli, generate, pipelines
 from gspn_t2i.config import GenerateConfig
 from gspn_t2i.pipelines import is_tiled, load_pipeline, own_size
 
@@ -52,6 +55,62 @@ def test_a_folder(pipeline_folder, adapter_folder, tmp_path):
     assert images(tmp_path / "out") == files
     with pytest.raises(ValueError, match="results of other settings: seed was 0, is 1; give another folder"):
         generate.generate(GenerateConfig(**{**vars(drawing), "seed": 1}))
+
+
+def test_a_folder_grows(sd15, tmp_path):
+    """By prompts, or by images of one prompt; not to other images or fewer."""
+    first = config(sd15, tmp_path / "out", prompts=["a five", "a nine"], sampler_steps=1)
+    generate.generate(first)
+    files = images(tmp_path / "out")
+    more = config(sd15, tmp_path / "out", prompts=["a five", "a nine", "a one"], sampler_steps=1)
+    assert generate.generate(more)["drawn"] == 1
+    assert {name: images(tmp_path / "out")[name] for name in files} == files
+    for changes in ({"prompts": ["a five", "a one"]}, {"images_per_prompt": 2}, {}):
+        other = GenerateConfig(**{**vars(first), **changes})
+        with pytest.raises(
+            ValueError, match=r"prompts must begin with what the 3 results in .* were made of, got others"
+        ):
+            generate.generate(other)
+    one = {"prompts": ["a five"], "sampler_steps": 1}
+    assert generate.generate(config(sd15, tmp_path / "one", **one))["drawn"] == 1
+    assert generate.generate(config(sd15, tmp_path / "one", **one, images_per_prompt=2))["drawn"] == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "upscale"])
+def test_other_weights_in_the_same_place(sd15, tmp_path, command, capsys):
+    """Are told from those that images were drawn with; the same weights may be moved. Another process is refused."""
+    adapter = GSPNAdapter.for_unet(DiffusionPipeline.from_pretrained(sd15).unet)
+    adapter.save_pretrained(tmp_path / "adapter")
+    words = [command, "--pipeline", str(sd15), "--out", str(tmp_path / "out"), "--sampler-steps", "3", "--no-progress"]
+    words += ["--prompts", "a five"] if command == "generate" else ["--prompt", "a five", "--scale", "2"]
+    name = ["--adapter", str(tmp_path / "adapter")]
+    with locked(tmp_path / "out"):
+        assert cli.main([*words, *name]) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    assert cli.main([*words, *name]) == 0
+    shutil.copytree(tmp_path / "adapter", tmp_path / "moved")
+    with torch.no_grad():
+        next(adapter.parameters()).add_(1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert cli.main([*words, *name]) == 2
+    assert "results of other settings: weights_sha256 was" in capsys.readouterr().err
+    assert cli.main([*words, "--adapter", str(tmp_path / "moved"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["drawn"] == 0
+
+
+def test_half_precision_where_there_is_an_accelerator(sd15, tmp_path, monkeypatch):
+    assert pipelines.precision_of(config(sd15, tmp_path)) == "fp32"
+    monkeypatch.setattr(pipelines, "use_cpu", lambda device: device == "cpu")
+    assert pipelines.precision_of(config(sd15, tmp_path)) == "fp16"
+    assert pipelines.precision_of(config(sd15, tmp_path, device="cpu")) == "fp32"
+    assert pipelines.precision_of(config(sd15, tmp_path, precision="bf16")) == "bf16"
+
+
+def test_the_bar_shows_steps(sd15, tmp_path, capsys):
+    drawing = config(sd15, tmp_path / "out", sampler_steps=3, progress=True)
+    generate.generate(drawing)
+    shown = capsys.readouterr().err
+    assert "step 1 of 3" in shown and "step 3 of 3" in shown and "1/1" in shown
 
 
 def test_batches(sd15, tmp_path, monkeypatch):

@@ -4,21 +4,25 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from t2i_cases import distill_config as config
 from t2i_cases import distill_options as options
 from t2i_cases import environment, in_two_processes, interrupt, program
 
-from gspn_core.runs import checkpoints
+from gspn_core.runs import checkpoints, files
 from gspn_core.runs.errors import NonFiniteLossError
-from gspn_core.runs.files import read_tensors
+from gspn_core.runs.files import locked, read_tensors, write_tensors
 from gspn_core.runs.logs import read_table
 from gspn_t2i import cli
 from gspn_t2i import distill as module
+from gspn_t2i.conditions import Frozen
 from gspn_t2i.distill import FORMAT, Distiller, distill
 from gspn_t2i.objective import Objective
 from gspn_t2i.student import AVERAGED, WEIGHTS
@@ -37,7 +41,8 @@ def write_options(path, *places, **changes):
     return path
 
 
-def assert_same_run(run, other):
+def assert_same_run(run, other, rows=3):
+    """The newest checkpoints are equal, and the last rows of the logs."""
     folders = [checkpoints.latest(folder / "checkpoints") for folder in (run, other)]
     for name in (WEIGHTS, AVERAGED, checkpoints.OPTIMIZER):
         ours, theirs = (read_tensors(folder / name) for folder in folders)
@@ -48,7 +53,8 @@ def assert_same_run(run, other):
     assert states[0].keys() == states[1].keys()
     assert all(states[0][key] == states[1][key] for key in ("step", "averaged", "optimizer", "pending", "data"))
     tables = [[row | {"images_per_second": ""} for row in read_table(folder / "train.csv")] for folder in (run, other)]
-    assert tables[0] == tables[1] and len(tables[0]) == 3
+    assert tables[0][-1] == tables[1][-1] and len(tables[1]) == 3
+    assert rows < 3 or tables[0] == tables[1]
 
 
 def test_continued_after_sigkill(whole, sd15, digits, tmp_path):
@@ -64,14 +70,77 @@ def test_continued_after_sigkill(whole, sd15, digits, tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_ctrl_c(sd15, digits, tmp_path):
-    """One line and status 130; the same command continues from the newest checkpoint."""
-    changes = {"steps": 100_000, "checkpoint_every": 1, "log_every": 1}
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(sd15, digits, tmp_path, number):
+    """One line and status 130, also where processes load data; SIGTERM saves a checkpoint first."""
+    saved = number == signal.SIGTERM
+    changes = {"steps": 100_000, "checkpoint_every": 100_000 if saved else 1, "log_every": 1, "workers": 2}
     file = write_options(tmp_path / "options.yaml", sd15, digits, tmp_path / "run", **changes)
-    begun = lambda: checkpoints.latest(tmp_path / "run" / "checkpoints") is not None  # noqa: E731
-    status, errors = interrupt(program("distill", "--config", file), begun, signal.SIGINT)
-    assert (status, errors) == (130, "gspn-t2i: interrupted; run the same command again to continue\n")
-    assert Distiller(config(sd15, digits, tmp_path / "run", **changes)).step > 0
+    status, errors = interrupt(
+        program("distill", "--config", file), lambda: len(read_table(tmp_path / "run" / "train.csv")) > 1, number
+    )
+    step = Distiller(config(sd15, digits, tmp_path / "run", **changes)).step
+    what = f"terminated after {step} updates, which are saved" if saved else "interrupted"
+    assert (status, errors) == (130, f"gspn-t2i: {what}; run the same command again to continue\n")
+    assert step > 0
+
+
+def test_a_run_is_extended_where_all_has_moved(sd15, digits, tmp_path, capsys):
+    """To the weights of the longer run, of which nothing is repeated; other content is refused, and fewer steps."""
+    changes = {"lr_schedule": "constant"}
+    distill(config(sd15, digits, tmp_path / "whole", **changes))
+    distill(config(sd15, digits, tmp_path / "run", **changes, steps=3))
+    pipeline, data = shutil.copytree(sd15, tmp_path / "pipeline"), shutil.copytree(digits, tmp_path / "data")
+    assert capsys.readouterr().err.count("updates of") == 0
+    distill(config(pipeline, data, tmp_path / "run", **changes, progress=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole", rows=2)
+    told = capsys.readouterr().err
+    assert f"40 images from {data}; 6 updates of 4 images, from update 3 on; to {tmp_path / 'run'}" in told
+    with pytest.raises(ValueError, match=r"steps must be at least the 6 updates that the run in .* has done, got 5"):
+        Distiller(config(pipeline, data, tmp_path / "run", **changes, steps=5))
+    file = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = read_tensors(file)
+    weights["quant_conv.bias"] += 1
+    write_tensors(file, weights)
+    with pytest.raises(ValueError, match=r"the pipeline \(SHA-256\) must be '\w+' to continue the run in .*"):
+        Distiller(config(pipeline, data, tmp_path / "run", **changes, steps=7))
+    (data / "3.png").write_bytes((data / "4.png").read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"the data \(SHA-256\) must be '\w+' to continue the run in .*"):
+        Distiller(config(sd15, data, tmp_path / "run", **changes, steps=7))
+
+
+def test_a_trial_of_a_few_updates_warms_up_for_a_tenth(sd15, digits, tmp_path):
+    run = Distiller(config(sd15, digits, tmp_path / "run", steps=20, warmup_steps=1_000, betas=[0.8, 0.95]))
+    assert run.lr.warmup_steps == 2
+    assert run.optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+def test_a_folder_that_another_process_writes(sd15, digits, tmp_path, capsys):
+    file = write_options(tmp_path / "options.yaml", sd15, digits, tmp_path / "run")
+    with locked(tmp_path / "run"):
+        assert cli.main(["distill", "--config", str(file)]) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_adam_in_8_bits(sd15, digits, tmp_path, monkeypatch):
+    """Through bitsandbytes, here one whose moments have 32 bits."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="use_8bit_adam needs bitsandbytes: pip install bitsandbytes"):
+        Distiller(config(sd15, digits, tmp_path / "run", use_8bit_adam=True))
+
+    class AdamW8bit(torch.optim.AdamW):
+        def state_dict(self):  # as the real one hides its moments
+            state = super().state_dict()
+            return state | {"state": {key: {"hidden": value} for key, value in state["state"].items()}}
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
+    changes = {"use_8bit_adam": True, "lr_schedule": "constant"}
+    distill(config(sd15, digits, tmp_path / "run", **changes, steps=3))
+    distill(config(sd15, digits, tmp_path / "run", **changes))
+    distill(config(sd15, digits, tmp_path / "whole", **changes))
+    assert_same_run(tmp_path / "run", tmp_path / "whole", rows=2)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(sdxl, digits, tmp_path):
@@ -176,10 +245,44 @@ def test_out_of_memory_says_what_helps(sd15, digits, tmp_path, monkeypatch):
     def fail(loss):
         raise torch.OutOfMemoryError("tried to allocate much")
 
-    monkeypatch.setattr(run.accelerator, "backward", fail)
     advice = "--gradient-checkpointing, --precision bf16, a smaller --batch-size with more --accumulate"
-    with pytest.raises(MemoryError, match=rf"what saves some: {advice} \(tried"):
-        run.run()
+    for cause, said in ((fail, "tried"), (lambda loss: torch.empty(10**16), ".*can't allocate memory")):
+        monkeypatch.setattr(run.accelerator, "backward", cause)
+        with pytest.raises(MemoryError, match=rf"what saves some: {advice} \({said}"):
+            run.run()
+
+
+def test_a_cache_that_does_not_fit(sd15, digits, tmp_path, monkeypatch, capsys):
+    """On the disk, or in memory: status 1 and one line."""
+    words = ["distill", "--config", str(write_options(tmp_path / "options.yaml", sd15, digits, tmp_path / "run"))]
+    words += ["--cache", str(tmp_path / "cache")]
+
+    def full(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full)
+        assert cli.main(words) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("gspn-t2i: error: cannot write ") and "No space left" in errors and errors.count("\n") == 1
+    monkeypatch.setattr(Frozen, "moments", lambda self, pixels: torch.empty(10**16))
+    assert cli.main(words) == 1
+    errors = capsys.readouterr().err
+    assert "what saves some: --batch-size 1, --precision bf16" in errors and errors.count("\n") == 1
+
+
+def test_latents_that_are_not_finite_are_not_cached(sd15, digits, tmp_path, monkeypatch):
+    moments = Frozen.moments
+
+    def spoiled(self, pixels):
+        values = moments(self, pixels)
+        values[-1, 0, 0, 0] = torch.inf
+        return values
+
+    monkeypatch.setattr(Frozen, "moments", spoiled)
+    with pytest.raises(ValueError, match="moments of image 3 are not finite; try another precision"):
+        Distiller(config(sd15, digits, tmp_path / "run", cache=str(tmp_path / "cache")))
+    assert not list((tmp_path / "cache").glob("shard-*"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(sd15, digits, tmp_path, monkeypatch, capsys):

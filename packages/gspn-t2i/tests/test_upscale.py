@@ -260,6 +260,17 @@ def test_a_folder(pipeline_folder, adapter_folder, terms, tmp_path):
         upscale.upscale(drawing)
 
 
+def test_a_folder_grows_to_larger_images(sd15, tmp_path):
+    """By further steps; not back to fewer, and not to other steps."""
+    upscale.upscale(config(sd15, tmp_path / "out"))
+    files = images(tmp_path / "out")
+    assert upscale.upscale(config(sd15, tmp_path / "out", scale=4))["drawn"] == 1
+    assert files.items() < images(tmp_path / "out").items()
+    for changes in ({}, {"target": "192x192"}, {"scale": 4, "strengths": [0.9, 0.9]}):
+        with pytest.raises(ValueError, match=r"scale or target must begin with what the 2 results in .* were made of"):
+            upscale.upscale(config(sd15, tmp_path / "out", **changes))
+
+
 def test_an_image_file(sd15, tmp_path, capsys):
     noise_image(40, 60).save(tmp_path / "photo.jpg")
     options = {"image": str(tmp_path / "photo.jpg"), "target": "96x144", "strengths": [0.5, 1.0]}

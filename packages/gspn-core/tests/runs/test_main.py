@@ -34,6 +34,14 @@ def work(options):
     return {"count": options.count, "nothing": None, "folder": "x", "share": 2 / 3}
 
 
+def each(options):
+    """Yield results one by one, and fail at the fourth."""
+    for count in range(options.count):
+        if count == 3:
+            raise ValueError("four are too many")
+        yield {"count": count}
+
+
 def as_text(result):
     return f"counted {result['count']}"
 
@@ -51,6 +59,7 @@ ERRORS = {
 NAME = __name__
 COMMANDS = {
     "work": Command(f"{NAME}:Options", f"{NAME}:work", "do the work", resumable=True),
+    "each": Command(f"{NAME}:Options", f"{NAME}:each", "one by one", text=f"{NAME}:as_text", items="counts"),
     "count": Command(f"{NAME}:Options", f"{NAME}:work", "count", text=f"{NAME}:as_text"),
 }
 
@@ -66,6 +75,16 @@ def test_results(capsys):
     code, out, _ = call(capsys, "work", "--json", "--count", "4")
     assert code == 0 and json.loads(out) == {"count": 4, "nothing": None, "folder": "x", "share": 2 / 3}
     assert call(capsys, "count", "--count=5") == (0, "counted 5\n", "")
+
+
+def test_results_one_by_one(capsys):
+    """Each is shown when it is there, so that an error loses none of those before it."""
+    assert call(capsys, "each", "--count", "2") == (0, "counted 0\ncounted 1\n", "")
+    code, out, _ = call(capsys, "each", "--count", "2", "--json")
+    assert code == 0 and json.loads(out) == {"counts": [{"count": 0}, {"count": 1}]}
+    code, out, error = call(capsys, "each", "--count", "9")
+    assert (code, out) == (2, "counted 0\ncounted 1\ncounted 2\n")
+    assert error == "tool: error: four are too many\n"
 
 
 def test_only_the_main_process_prints(capsys, monkeypatch):

@@ -165,11 +165,17 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         if kind != cls.__name__:
             raise ValueError(f"{name} must hold a {cls.__name__}, holds a {kind}")
         wanted = kwargs.pop("output_loading_info", False)
-        adapter, info = super().from_pretrained(name, output_loading_info=True, **kwargs)
         stem, variant = SAFETENSORS_WEIGHTS_NAME.removesuffix("safetensors"), kwargs.get("variant")
         file = Path(
             name, kwargs.get("subfolder") or "", f"{stem}{variant}.safetensors" if variant else f"{stem}safetensors"
         )
+        try:
+            adapter, info = super().from_pretrained(name, output_loading_info=True, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            if "expected shape" not in str(error) and "size mismatch" not in str(error):
+                raise
+            reason = str(error).partition(". If you want")[0]
+            raise ValueError(f"{file} must hold the weights of its config.json: {reason}") from None
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 raise ValueError(

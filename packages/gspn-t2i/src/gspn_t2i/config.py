@@ -146,7 +146,7 @@ class DrawingOptions(PipelineOptions):
 
     Args:
         adapter: GSPN adapter to mount on the pipeline's UNet, a folder or a name on the Hub
-        lora: LoRAs to load, each a file, a folder or a name on the Hub
+        lora: LoRAs to load, each a file, a folder, or a name or file on the Hub, as owner/name/file.safetensors
         lora_scales: of each LoRA; empty is 1
         scheduler: class of diffusers that samples, such as DPMSolverMultistepScheduler; null is the pipeline's
         scheduler_kwargs: arguments of the scheduler that differ from the pipeline's, such as {use_karras_sigmas: true}

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gspn_core.runs.images import find_images
+
 from .captions import METADATA, read_lines
 from .config import EvaluateConfig
 
@@ -131,7 +133,7 @@ def list_references(source: str) -> list[Path]:
         return []
     if not path.is_dir():
         raise FileNotFoundError(f"reference: there is no folder or .npz {source!r}")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = find_images(path, SUFFIXES)
     if len(files) < 2:
         raise ValueError(f"reference: {source} must hold at least 2 PNG or JPEG files, got {len(files)}")
     return files

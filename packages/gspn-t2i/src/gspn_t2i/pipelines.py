@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -172,11 +173,18 @@ def open_pipeline(config: DrawingOptions, name: str, controlnet: str | None = No
 def _load_loras(pipeline: Any, config: DrawingOptions) -> None:
     names = [f"lora-{number}" for number in range(len(config.lora))]
     for name, lora in zip(names, config.lora, strict=True):
+        where, options = lora, {}
+        if lora.endswith(".safetensors") and not Path(lora).is_file():  # of a repository on the Hub that has several
+            owner, _, rest = lora.partition("/")
+            repository, _, options["weight_name"] = rest.partition("/")
+            where = f"{owner}/{repository}"
         try:
-            pipeline.load_lora_weights(lora, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of the LoRA before
+                pipeline.load_lora_weights(where, adapter_name=name, **options)
         except OSError as error:
             raise FileNotFoundError(f"no LoRA {lora!r}: {first_line(error)}") from None
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever diffusers meets
             raise ValueError(f"lora {lora!r} does not fit the pipeline: {first_line(error)}") from error
     if names:
         pipeline.set_adapters(names, config.lora_scales or [1.0] * len(names))

@@ -23,7 +23,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch raises a RuntimeError on the CPU, and a class derived from it on accelerators.
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
-        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+        and (
+            type(error).__name__ == "OutOfMemoryError"
+            or any(text in str(error) for text in ("can't allocate memory", "DefaultCPUAllocator: not enough memory"))
+        )
     )
 
 
