@@ -18,7 +18,7 @@ import gspn_vision  # noqa: F401  (registers the models)
 from gspn_core.runs import checkpoints
 from gspn_core.runs.errors import NonFiniteLossError
 from gspn_core.runs.logs import read_table
-from gspn_core.runs.options import make
+from gspn_core.runs.options import ImageSize, make
 from gspn_vision import checkpoint
 from gspn_vision.config import TrainConfig
 from gspn_vision.train import Trainer, train
@@ -245,6 +245,8 @@ def test_a_model_of_one_size_is_made_for_the_size_asked_for(training_folder, tmp
     summary = train(make(TrainConfig, tiny_run(training_folder) | change))
     loaded = checkpoint.load_model(summary["folder"])
     assert loaded.model.patch_embed.img_size == (32, 48)
+    with pytest.raises(ValueError, match="image_size must be 32x48, the model's only one, got 64x64"):
+        loaded.preprocessing.changed(loaded.name, ImageSize(64, 64), None)
 
 
 def test_pretrained_weights(training_folder, tmp_path, monkeypatch):
@@ -255,3 +257,33 @@ def test_pretrained_weights(training_folder, tmp_path, monkeypatch):
     trainer = Trainer(make(TrainConfig, tiny_run(training_folder) | change))
     name = next(iter(weights))
     torch.testing.assert_close(trainer.bare_model.state_dict()[name], weights[name].sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bce_loss": True, "label_smoothing": 0.1, "mixup": 0.0, "cutmix": 0.0},
+        {"clip_mode": "agc", "clip_grad": 0.01},
+        {"clip_mode": "value", "clip_grad": 0.001, "channels_last": True},
+        {"optimizer": "sgd", "optimizer_kwargs": {"momentum": 0.5}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_timms_script_offers(change, training_folder, tmp_path):
+    """A run with it is extended to the same bits as one that was as long from the start."""
+    options = tiny_run(training_folder) | {"warmup_epochs": 0, "lr_schedule": "constant"} | change
+    train(make(TrainConfig, options | {"out": str(tmp_path / "whole")}))
+    for epochs in (1, 2):
+        train(make(TrainConfig, options | {"out": str(tmp_path / "parts"), "epochs": epochs}))
+    weights = [load_file(checkpoint.locate(tmp_path / r, "latest") / "model.safetensors") for r in ("whole", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_clipping_is_timms(training_folder, tmp_path):
+    change = {"clip_mode": "value", "clip_grad": 0.001, "out": str(tmp_path / "run")}
+    trainer = Trainer(make(TrainConfig, tiny_run(training_folder) | change))
+    for parameter in trainer.bare_model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    norm = trainer._clip_gradients()
+    assert norm.item() == pytest.approx(sum(p.numel() for p in trainer.bare_model.parameters()) ** 0.5, rel=1e-5)
+    assert all(p.grad.max().item() == pytest.approx(0.001) for p in trainer.bare_model.parameters())

@@ -39,6 +39,7 @@ class TrainConfig(TrainingOptions):
         drop_rate: dropout before the classifier
         drop_path_rate: stochastic depth, at the last block
         compile: compile the model with torch.compile
+        channels_last: keep images and weights in the memory order NHWC
         pretrained: begin with the pretrained weights of a timm model
         start_from: weights to begin with, a run, a checkpoint, a timm folder or a file of weights; a head of other
             classes starts afresh
@@ -66,7 +67,11 @@ class TrainConfig(TrainingOptions):
         mix_probability: probability of mixup or cutmix per batch
         label_smoothing: label smoothing
         epochs: passes over the training data
+        bce_loss: binary cross-entropy of every class instead of the softmax's cross-entropy
         optimizer: timm optimizer name
+        optimizer_kwargs: its further arguments, such as {momentum: 0.8}
+        clip_mode: clip_grad limits the norm, each value, or by adaptive gradient clipping (agc) each unit's norm
+            relative to its weights'
         lr_batch: reference batch for linear scaling of lr by the images per update; null does not scale
         weight_decay: of matrices and kernels
         layer_decay: factor of the learning rate from each block to the one before it
@@ -110,7 +115,11 @@ class TrainConfig(TrainingOptions):
     mix_probability: ClosedUnitInterval = 1.0
     label_smoothing: ClosedUnitInterval = 0.0
     epochs: PositiveInt = 300
+    bce_loss: bool = False
     optimizer: str = "adamw"
+    optimizer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    channels_last: bool = False
     lr: PositiveFloat = 1e-3
     lr_batch: PositiveInt | None = None
     weight_decay: NonNegativeFloat = 0.05

@@ -19,6 +19,7 @@ from gspn_core.runs.order import AUGMENT, Order, seed_all
 from gspn_core.runs.training import leave_interrupts, loader_workers
 
 from .config import TrainConfig
+from .models import has_fixed_size
 from .sources import Source
 
 
@@ -54,9 +55,19 @@ class Preprocessing:
         values = dataclasses.asdict(self)
         return {"input_size": (values.pop("in_chans"), *values.pop("size")), **values}
 
-    def changed(self, size: ImageSize | None, crop_pct: float | None) -> Preprocessing:
-        """Return the same for another size or crop, as of a test at a larger size than trained at."""
+    def changed(self, model: str, size: ImageSize | None, crop_pct: float | None) -> Preprocessing:
+        """Return the same for another size or crop, as of a test at a larger size than trained at.
+
+        Args:
+            model: its name in timm.
+            size, crop_pct: None leaves them as they are.
+
+        Raises:
+            ValueError: the model takes images of one size, and this is another.
+        """
         sides = self.size if size is None else (size.height, size.width)
+        if has_fixed_size(model) and sides != self.size:
+            raise ValueError(f"image_size must be {self.size[0]}x{self.size[1]}, the model's only one, got {size}")
         return dataclasses.replace(self, size=sides, crop_pct=self.crop_pct if crop_pct is None else crop_pct)
 
     @property

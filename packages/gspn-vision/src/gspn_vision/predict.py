@@ -117,7 +117,7 @@ def predict(
 def run(config: PredictConfig) -> Iterator[dict[str, Any]]:
     """Predict as configured, image by image."""
     loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
-    preprocessing = loaded.preprocessing.changed(config.image_size, config.crop_pct)
+    preprocessing = loaded.preprocessing.changed(loaded.name, config.image_size, config.crop_pct)
     for guess in predict(
         loaded.model.to(device_of(config.device)),
         preprocessing,

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup, resolve_model_data_config
+from timm.loss import BinaryCrossEntropy
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -38,7 +40,7 @@ from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, writ
 from .config import TrainConfig
 from .data import Batch, Preprocessing, Samples, Unreadable, training_loader, validation_loader
 from .finetune import freeze, start_from, training_mode
-from .models import build_model, check_name
+from .models import build_model, check_name, has_fixed_size
 from .sources import open_source
 from .validate import evaluate
 
@@ -60,10 +62,8 @@ def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
             raise ValueError(f"model_kwargs must not hold {name!r}: it is an option, or follows from the data")
     check_name(config.model)
     size = config.image_size
-    about = timm.models.get_pretrained_cfg(config.model)
-    fixed = about is not None and about.fixed_input_size
     return {
-        **({"img_size": (size.height, size.width)} if fixed else {}),
+        **({"img_size": (size.height, size.width)} if has_fixed_size(config.model) else {}),
         "num_classes": classes,
         "in_chans": config.in_chans,
         "drop_rate": config.drop_rate,
@@ -150,6 +150,7 @@ class Trainer:
         share = {"rank": self.rank, "world_size": self.world}
         self.val_loader = validation_loader(validated, config.batch_size, config.workers, pin, **share)
         self.unreadable = Unreadable(config.unreadable)
+        self.bce = BinaryCrossEntropy(config.label_smoothing)
         self.mixup = None
         if config.mixup > 0 or config.cutmix > 0:
             self.mixup = Mixup(
@@ -187,7 +188,9 @@ class Trainer:
             self.bare_model.load_state_dict(build_model(config.model, self.model_kwargs, pretrained=True).state_dict())
         freeze(self.bare_model, config.freeze)
 
-        training_mode(self.bare_model.to(self.accelerator.device), config.freeze)
+        self.order_of_memory = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.bare_model.to(self.accelerator.device, memory_format=self.order_of_memory)  # type: ignore[call-overload]
+        training_mode(self.bare_model, config.freeze)
         self.ema: AveragedModel | None = None
         if config.ema_decay is not None:
             self.ema = averaged(self.bare_model, config.ema_decay, warmup=config.ema_warmup)
@@ -201,8 +204,9 @@ class Trainer:
                 lr=lr,
                 weight_decay=config.weight_decay,
                 layer_decay=config.layer_decay,
+                **config.optimizer_kwargs,
             )
-        except (AssertionError, ValueError) as error:
+        except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
         if config.compile:
             self.bare_model.compile()
@@ -254,7 +258,7 @@ class Trainer:
             batch = next(batches)
             self.unreadable.note(batch.unreadable)
             seed_all(STEP, config.seed, self.step, micro, self.rank)
-            images = batch.images.to(device, non_blocking=True)
+            images = batch.images.to(device, non_blocking=True, memory_format=self.order_of_memory)
             targets = batch.targets.to(device, non_blocking=True)
             smoothing = config.label_smoothing
             if self.mixup is not None:
@@ -262,13 +266,15 @@ class Trainer:
                 smoothing = 0.0  # mixup has smoothed the labels itself
             with self.accelerator.accumulate(self.model):
                 logits = self.model(images)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                if config.bce_loss:
+                    loss = self.bce(logits.float(), targets)
+                else:
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 if config.mesa > 0 and self.step >= config.mesa_start * self.steps:
                     loss = loss + config.mesa * self._sharpness(images, logits)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    limit = math.inf if config.clip_grad is None else config.clip_grad
-                    total[1] = self.accelerator.clip_grad_norm_(self.bare_model.parameters(), limit)
+                    total[1] = self._clip_gradients()
                 self.stepper.step()
                 self.stepper.zero_grad()
             total[0] += loss.detach() / config.accumulate
@@ -276,6 +282,15 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.bare_model)
         return total
+
+    def _clip_gradients(self) -> Any:
+        """Clip the gradients as configured; return their norm before."""
+        limit, mode = self.config.clip_grad, self.config.clip_mode
+        by_norm = limit if limit is not None and mode == "norm" else math.inf
+        norm = self.accelerator.clip_grad_norm_(self.bare_model.parameters(), by_norm)
+        if limit is not None and mode != "norm":
+            dispatch_clip_grad(model_parameters(self.bare_model, exclude_head=mode == "agc"), value=limit, mode=mode)
+        return norm
 
     def _sharpness(self, images: Tensor, logits: Tensor) -> Tensor:
         """Return MESA's penalty, KL(softmax(averaged model's logits) || softmax(logits)), a mean over the batch.

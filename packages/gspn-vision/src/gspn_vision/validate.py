@@ -123,7 +123,7 @@ def validate(config: ValidateConfig) -> tuple[Metrics, list[Prediction], Source,
     """
     loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
     class_names = loaded.class_names
-    preprocessing = loaded.preprocessing.changed(config.image_size, config.crop_pct)
+    preprocessing = loaded.preprocessing.changed(loaded.name, config.image_size, config.crop_pct)
     trained_with = loaded.state.get("data") or {}
     if config.data is None and not trained_with:
         raise ValueError(f"data must be given: {config.checkpoint!r} does not say what it was trained with")

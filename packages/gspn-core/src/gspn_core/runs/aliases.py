@@ -19,6 +19,7 @@ OURS = {
     "mixup_prob": "mix_probability",
     "model_ema_decay": "ema_decay",
     "opt": "optimizer",
+    "opt_kwargs": "optimizer_kwargs",
     "output": "out",
     "ratio": "crop_ratio",
     "reprob": "random_erasing",

@@ -22,6 +22,12 @@ def check_name(name: str) -> None:
         raise ValueError(f"model must be a timm model (`gspn*` are this package's), got {name!r}{hint}")
 
 
+def has_fixed_size(name: str) -> bool:
+    """Tell whether a timm model takes images of the size alone that it was made for, as a ViT does."""
+    about = timm.models.get_pretrained_cfg(name)
+    return about is not None and bool(about.fixed_input_size)
+
+
 def build_model(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """Make a timm model, with pretrained weights if wanted, which timm adapts to other classes and input channels.
 
