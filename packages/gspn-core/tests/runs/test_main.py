@@ -56,6 +56,8 @@ ERRORS = {
     16: (RuntimeError("can't allocate memory: 9 bytes"), 1),
     17: (ValueError("Caught in a loader process\nTraceback ...\nValueError: the last line"), 2),
 }
+Unreachable = type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})
+ERRORS[18] = (Unreachable("Name or service not known"), 2)
 NAME = __name__
 COMMANDS = {
     "work": Command(f"{NAME}:Options", f"{NAME}:work", "do the work", resumable=True),

@@ -27,6 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
 
+from gspn_core.runs.errors import is_unreachable
 from gspn_core.runs.files import replacing
 from gspn_core.runs.options import ImageSize, Precision
 from gspn_core.runs.training import use_cpu
@@ -182,9 +183,9 @@ def _load_loras(pipeline: Any, config: DrawingOptions) -> None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of the LoRA before
                 pipeline.load_lora_weights(where, adapter_name=name, **options)
-        except OSError as error:
-            raise FileNotFoundError(f"no LoRA {lora!r}: {first_line(error)}") from None
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever diffusers meets
+        except Exception as error:  # whatever diffusers, peft, safetensors and the Hub's client meet
+            if isinstance(error, OSError) or is_unreachable(error):
+                raise FileNotFoundError(f"no LoRA {lora!r}: {first_line(error)}") from None
             raise ValueError(f"lora {lora!r} does not fit the pipeline: {first_line(error)}") from error
     if names:
         pipeline.set_adapters(names, config.lora_scales or [1.0] * len(names))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import WriteError, is_out_of_memory
+from .errors import WriteError, is_out_of_memory, is_unreachable
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def run(
         return 0
     except (KeyboardInterrupt, ValueError, OSError, ImportError, ArithmeticError, MemoryError) as error:
         return _status(error, program, resumable)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if not is_out_of_memory(error) and not is_unreachable(error):
             raise
         return _status(error, program, resumable)
     finally:

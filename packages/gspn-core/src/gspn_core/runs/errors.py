@@ -30,6 +30,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Tell whether an error is of an HTTP library, such as huggingface_hub's: most are derived from Exception alone."""
+    library = type(error).__module__.partition(".")[0]
+    return library in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+
+
 @contextmanager
 def explaining_memory(savers: Mapping[str, bool], otherwise: str = "a smaller image_size") -> Iterator[None]:
     """Turn running out of memory into a MemoryError that says what saves some.
