@@ -6,6 +6,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # fail at once, where a test names what does not exist
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from sklearn.datasets import load_digits
 from gspn_t2i import GSPNAdapter, tiny
 
 torch.set_num_threads(1)  # the models are too small for more
+# Some tests interrupt programs, which would ignore that where a shell has started the tests in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
