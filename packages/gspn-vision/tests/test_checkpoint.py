@@ -57,6 +57,20 @@ def test_the_averaged_weights_come_first(folder):
         assert torch.equal(found, model.state_dict()[name] + more)
 
 
+def test_a_file_of_weights(folder, tmp_path):
+    """Of a run or of another trainer, beside the config.json of the model."""
+    path, model = folder
+    moved = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in moved.items()}}, path / "best.pth.tar")
+    for file, weights in ((path / "model.safetensors", model.state_dict()), (path / "best.pth.tar", moved)):
+        loaded = checkpoint.load_model(file)
+        assert loaded.class_names == ["cat", "dog"]
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.model.state_dict().items())
+    (tmp_path / "best.pth.tar").write_bytes((path / "best.pth.tar").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"no config\.json beside '.*best\.pth\.tar'"):
+        checkpoint.load_model(tmp_path / "best.pth.tar")
+
+
 def test_what_is_not_a_model(folder, tmp_path):
     path, _ = folder
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):

@@ -219,6 +219,16 @@ def test_bad_input_is_one_line(run, training_folder, tmp_path, capsys):
         "model_kwargs must not hold 'pretrained'": [
             *("train", "--model-kwargs", "{pretrained: true}", "--out", str(tmp_path / "y"))
         ],
+        "Invalid pool type: foo": ["train", "--model-kwargs", "{global_pool: foo}", "--out", str(tmp_path / "y")],
+        "does not take images of 224x224": [
+            *("train", "--model-kwargs", "{global_pool: ''}", "--out", str(tmp_path / "y"))
+        ],
+        "scores of the shape (1, 10), got list": [
+            *("train", "--model-kwargs", "{features_only: true}", "--image-size", "32", "--out", str(tmp_path / "y"))
+        ],
+        "out must name a file, got the folder": ["validate", *run_, "--out", str(tmp_path)],
+        f"out must name a file, got the folder '{tmp_path}'": ["benchmark", "--out", str(tmp_path)],
+        f"file, got the folder '{tmp_path}'": ["visualize", "--image", "digits:1", *run_, "--out", str(tmp_path)],
         "out must name a folder, got the file": ["train", "--out", str(broken)],
         "cannot read image 'absent.png'": ["visualize", "--image", "absent.png", *run_],
     }

@@ -68,6 +68,42 @@ def test_folder(image_folder):
     assert [validation[i][1] for i in (0, 6)] == [1, 2]
 
 
+def test_only_images_of_classes_count_and_each_once(image_folder, tmp_path):
+    """Hidden folders are not classes, and links to what holds them do not repeat images; links to nothing are named."""
+    train = image_folder / "train"
+    (train / ".ipynb_checkpoints").mkdir()
+    shutil.copy(train / "red" / "0.png", train / ".ipynb_checkpoints")
+    (train / "all").symlink_to(train)
+    (train / "red" / "up").symlink_to(image_folder)
+    (train / "red" / "notes.pdf").write_bytes(b"%PDF")
+    (train / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = open_source(str(image_folder), "train")
+    assert (source.class_names, len(source)) == (["blue", "green", "red"], 19)
+    with pytest.raises(UnreadableImageError, match=r"cannot read image '.*/red/gone\.png': there is no such file"):
+        source[18]
+
+
+@pytest.mark.parametrize("kind", ["bomb", "avif", "vanished", "colours"])
+def test_every_kind_of_unreadable_image_is_skipped_with_its_name(kind, image_folder, monkeypatch):
+    source = open_source(str(image_folder), "validation")
+    file = image_folder / "val" / "blue" / "1.png"
+    if kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        Image.new("RGB", (8, 8)).save(image_folder / "small.png")
+        for other in image_folder.rglob("*/*.png"):
+            if other != file:
+                shutil.copy(image_folder / "small.png", other)
+    elif kind == "avif":
+        file.write_bytes(b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B")
+    elif kind == "vanished":
+        file.unlink()
+    else:
+        Image.new("LAB", (8, 8)).save(file, "TIFF")
+    samples = Samples(source, GREY.transform(), "L")
+    skipped = [message for i in range(18) for message in samples[i].unreadable]
+    assert len(skipped) == 1 and str(file) in skipped[0], skipped
+
+
 def test_bad_folders(image_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder '.*absent'; data must be"):
         open_source(str(tmp_path / "absent"), "train")

@@ -104,3 +104,12 @@ def test_find_images(tmp_path):
     assert found == ["a.jpg", "b/0.png", "b/1.PNG", "b/gone.png", "c/0.png", "c/1.PNG", "c/gone.png"]
     with pytest.raises(UnreadableImageError, match=r"cannot read image '.*gone\.png': there is no such file"):
         read_image(tmp_path / "b" / "gone.png")
+
+
+def test_folders_that_link_to_each_other(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(b"")
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    found = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, (".png",))]
+    assert found == ["a/0.png", "a/link/0.png", "b/0.png", "b/link/0.png"]

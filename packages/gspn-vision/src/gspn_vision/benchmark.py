@@ -28,6 +28,7 @@ from gspn_core.runs.training import device_of
 from . import __version__
 from .config import BenchmarkConfig
 from .models.build import check_name
+from .validate import prepare_file
 
 # What the papers compare with, as timm names it.
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny", "deit_small_patch16_224")
@@ -173,6 +174,7 @@ def table(rows: Sequence[Speed]) -> str:
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure as configured, and write the file asked for."""
+    prepare_file(config.out)
     result = report(config, measure(config))
     if config.out is not None:
         write_json(Path(config.out), result)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from gspn_core.runs import checkpoints
 from gspn_core.runs.files import read_json, read_tensors, replacing_folder, store_tensors
 
 from .data import Preprocessing
+from .models import checkpoint_filter_fn
 
 FORMAT = "gspn-vision 2"
 CONFIG = "config.json"
@@ -78,6 +80,19 @@ def read_weights(checkpoint: Path, weights: str = "auto") -> dict[str, Tensor]:
     return read_tensors(checkpoint / WEIGHTS[weights])
 
 
+def read_file(file: str | Path) -> dict[str, Tensor]:
+    """Return the weights in a file of safetensors or of torch, without what trainers wrap around them.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        return checkpoint_filter_fn(load_state_dict(str(file)), nn.Identity())
+    except Exception as error:
+        # timm delegates to readers of several formats, each of which raises its own exceptions.
+        raise ValueError(f"the weights cannot be read: {file}: {str(error).partition('. ')[0]}") from None
+
+
 class Loaded(NamedTuple):
     """A model in evaluation mode, and what its folder says of it."""
 
@@ -92,21 +107,24 @@ def load_model(path: str | Path, *, which: str = "best", weights: str = "auto") 
     """Rebuild a model.
 
     Args:
-        path, which: as in `locate`.
+        path, which: as in `locate`; or a file of weights beside the `config.json` of their model.
         weights: as in `read_weights`.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or no such weights.
         ValueError: a file is damaged, or timm does not know the model.
     """
-    folder = locate(path, which)
+    file = Path(path) if Path(path).is_file() else None
+    folder = file.parent if file else locate(path, which)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"no {CONFIG} beside {str(file)!r}, which would say what model its weights are of")
     state = read_state(folder)
     config = read_json(folder / CONFIG)
     try:
         model: nn.Module = timm.create_model(f"local-dir:{folder}")
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{folder} does not hold a model that timm can build: {error}") from None
-    checkpoints.load_weights(model, read_weights(folder, weights), folder)
+    checkpoints.load_weights(model, read_file(file) if file else read_weights(folder, weights), file or folder)
     names = config.get("label_names") or [str(number) for number in range(config["num_classes"])]
     preprocessing = Preprocessing.from_timm(config["pretrained_cfg"])
     return Loaded(model.eval(), preprocessing, list(names), config["architecture"], state)

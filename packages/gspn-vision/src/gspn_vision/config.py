@@ -18,7 +18,7 @@ class ModelOptions:
     """Which trained model a command takes.
 
     Args:
-        checkpoint: a run, a checkpoint or a timm folder
+        checkpoint: a run, a checkpoint, a timm folder, or a file of weights beside its config.json
         which: checkpoint of a run
         weights: averaged weights or plain ones; auto takes the averaged if there are any
     """
@@ -284,7 +284,7 @@ class ExportConfig:
 
     Args:
         model: timm model, with fresh weights; or give a checkpoint
-        checkpoint: a run, a checkpoint or a timm folder
+        checkpoint: a run, a checkpoint, a timm folder, or a file of weights beside its config.json
         which: checkpoint of a run
         weights: averaged weights or plain ones; auto takes the averaged if there are any
         format: ONNX, or a program of torch.export

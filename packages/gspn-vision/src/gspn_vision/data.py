@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -156,6 +157,18 @@ class Unreadable:
             print(f"skipped {len(self.messages)} unreadable image(s)", file=sys.stderr)
 
 
+def convert(image: Image.Image, mode: str, name: str) -> Image.Image:
+    """Convert an image to the colours of a mode of Pillow.
+
+    Raises:
+        UnreadableImageError: Pillow cannot; the message has its name.
+    """
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise UnreadableImageError(f"cannot read image {name!r}: {error}") from None
+
+
 class Samples(Dataset[Sample]):
     """Transformed samples of a source.
 
@@ -179,12 +192,10 @@ class Samples(Dataset[Sample]):
         for _ in range(len(self)):
             try:
                 image, target = self.source[index]
-                image = image.convert(self.mode)
+                image = convert(image, self.mode, self.source.name(index))
                 break
             except UnreadableImageError as error:
                 passed.append(str(error))
-            except ValueError as error:  # colours that Pillow cannot convert
-                passed.append(f"cannot read image {self.source.name(index)!r}: {error}")
             if not training:
                 return Sample(None, -1, index, tuple(passed))
             index = (index + 1) % len(self)

@@ -6,14 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models import adapt_input_conv, load_state_dict
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from gspn_core.runs.checkpoints import load_weights
 
-from .checkpoint import locate
+from .checkpoint import locate, read_file
 from .checkpoint import read_weights as read_checkpoint
-from .models import checkpoint_filter_fn
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
@@ -30,11 +29,7 @@ def read_weights(origin: str) -> dict[str, Tensor]:
         return read_checkpoint(locate(path))
     if not path.is_file():
         raise FileNotFoundError(f"start_from must be a run, a checkpoint or a file of weights, got {origin!r}")
-    try:
-        return checkpoint_filter_fn(load_state_dict(origin), nn.Identity())
-    except Exception as error:
-        # timm delegates to readers of several formats, each of which raises its own exceptions.
-        raise ValueError(f"start_from cannot be read: {origin}: {error}") from None
+    return read_file(path)
 
 
 def _without_prefix(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from gspn_core.runs.training import device_of
 
 from .checkpoint import load_model
 from .config import PredictConfig
-from .data import Preprocessing, Unreadable
+from .data import Preprocessing, Unreadable, convert
 from .sources import SUFFIXES, Digits
 
 
@@ -100,12 +100,13 @@ def predict(
     for name in expand(names):
         try:
             image, truth = open_image(name)
+            image = convert(image, preprocessing.mode, name)
         except UnreadableImageError as error:
             if policy.policy == "stop" and batch:
                 yield from guesses(batch)
             policy.note([str(error)])
             continue
-        batch.append((name, truth, transform(image.convert(preprocessing.mode))))
+        batch.append((name, truth, transform(image)))
         if len(batch) == batch_size:
             yield from guesses(batch)
             batch = []

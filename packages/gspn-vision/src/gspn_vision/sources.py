@@ -86,10 +86,11 @@ class Folder:
     def __init__(self, root: Path, class_names: Sequence[str] | None = None) -> None:
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {str(root)!r}")
+        here = (root.resolve(), *root.resolve().parents)  # a link to one of these would hold all classes again
         files = {
             folder.name: find_images(folder, SUFFIXES)
             for folder in sorted(root.iterdir())
-            if folder.is_dir() and not folder.name.startswith(".")
+            if folder.is_dir() and not folder.name.startswith(".") and folder.resolve() not in here
         }
         found = list(files)
         if not found:

@@ -40,7 +40,7 @@ from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, writ
 from .config import TrainConfig
 from .data import Batch, Preprocessing, Samples, Unreadable, training_loader, validation_loader
 from .finetune import freeze, start_from, training_mode
-from .models import build_model, check_name, has_fixed_size
+from .models import build_model, check_classifier, check_name, has_fixed_size
 from .sources import open_source
 from .validate import evaluate
 
@@ -109,6 +109,8 @@ class Trainer:
         seed_all(INIT, config.seed)
         self.model_kwargs = model_arguments(config, len(self.class_names))
         self.bare_model = build_model(config.model, self.model_kwargs)
+        size = config.image_size
+        check_classifier(self.bare_model, (config.in_chans, size.height, size.width), len(self.class_names))
         self.preprocessing = preprocessing_of(config, self.bare_model)
         self.timm_config = timm_config(self.bare_model, self.model_kwargs, self.class_names, self.preprocessing)
         if config.gradient_checkpointing:

@@ -144,6 +144,18 @@ def validate(config: ValidateConfig) -> tuple[Metrics, list[Prediction], Source,
     return metrics, predictions, source, class_names
 
 
+def prepare_file(path: str | None) -> None:
+    """Make the folder of a file that is to be written, before the work.
+
+    Raises:
+        ValueError: the file is a folder, or its folder is a file.
+    """
+    if path is not None:
+        if Path(path).is_dir():
+            raise ValueError(f"out must name a file, got the folder {path!r}")
+        make_folder(Path(path).parent)
+
+
 def write_predictions(path: Path, predictions: list[Prediction], source: Source, class_names: list[str]) -> None:
     """Write one row per image: its name, true and predicted class, and the latter's probability."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -156,8 +168,7 @@ def write_predictions(path: Path, predictions: list[Prediction], source: Source,
 
 def run(config: ValidateConfig) -> dict[str, Any]:
     """Validate as configured: percentages, the mean loss, the number of images, and the confusion matrix."""
-    if config.out is not None:
-        make_folder(Path(config.out).parent)  # refuses before the work
+    prepare_file(config.out)
     metrics, predictions, source, class_names = validate(config)
     if config.out is not None and PartialState().is_main_process:
         write_predictions(Path(config.out), predictions, source, class_names)

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gspn_core import DIRECTIONS, SpatialPropagation, line_scan, row_stochastic
-from gspn_core.runs.files import make_folder, replacing
+from gspn_core.runs.files import replacing
 
 from .checkpoint import load_model
 from .config import VisualizeConfig
 from .data import Preprocessing
 from .predict import open_image
+from .validate import prepare_file
 
 _TITLES = {
     "left_to_right": "left to right →",
@@ -251,7 +252,7 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
     if config.image is None:
         raise ValueError("image must be given, or --list-layers")
     photograph = open_image(config.image)[0]
-    make_folder(Path(config.out).parent)
+    prepare_file(config.out)
     size = None if config.image_size is None else (config.image_size.height, config.image_size.width)
     results = [
         heat_maps(loaded.model, loaded.preprocessing, photograph, pixel=config.pixel, layer=layer, size=size)

@@ -21,14 +21,17 @@ def find_images(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files below a folder whose names end in one of `suffixes`, such as ".png", sorted by path.
 
     Hidden files and folders, such as `.ipynb_checkpoints`, are passed over. Links are followed, but for those to a
-    folder that they lie in, which would repeat it without end. A link to nothing is among the files; reading it names
-    it.
+    folder that they lie in or that led to them, which would repeat it without end. A link to nothing is among the
+    files; reading it names it.
     """
     found = []
+    led = {os.fspath(folder): {os.path.realpath(folder)}}  # of each place, the folders on the way there
     for place, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.realpath(place)
+        here, way = os.path.realpath(place), led.pop(place)
         inner = {name: os.path.realpath(os.path.join(place, name)) for name in folders if name[0] != "."}
-        folders[:] = [name for name, real in inner.items() if os.path.commonpath((real, here)) != real]
+        new = {name for name, real in inner.items() if real not in way and os.path.commonpath((real, here)) != real}
+        folders[:] = sorted(new)
+        led |= {os.path.join(place, name): way | {inner[name]} for name in new}
         found += [Path(place, name) for name in names if name[0] != "." and name.lower().endswith(tuple(suffixes))]
     return sorted(found)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def check_name(name: str) -> None:
@@ -38,7 +39,7 @@ def build_model(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = Fals
     check_name(name)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"model_kwargs do not suit {name}: {error}") from None
     except RuntimeError as error:
         if "No pretrained weights" not in str(error):
@@ -47,3 +48,23 @@ def build_model(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = Fals
     except OSError as error:
         raise FileNotFoundError(f"pretrained: the weights of {name} cannot be had ({error})") from None
     return model
+
+
+def check_classifier(model: nn.Module, input_size: tuple[int, int, int], classes: int) -> None:
+    """Try a model on one image, (C, H, W) = `input_size`; it is in evaluation mode afterwards.
+
+    Raises:
+        ValueError: it does not take it, or its output is not a score per class.
+    """
+    wanted, (_, height, width) = (1, classes), input_size
+    try:
+        with torch.no_grad():
+            scores: object = model.eval()(torch.zeros(1, *input_size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the model does not take images of {height}x{width}: {reason}") from None
+    if not isinstance(scores, Tensor) or scores.shape != wanted:
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"the model must turn an image into scores of the shape {wanted}, got {found}; see model_kwargs"
+        )
