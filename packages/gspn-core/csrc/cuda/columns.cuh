@@ -37,7 +37,11 @@ struct Column {
   int line = 0;
 
   __device__ __forceinline__ Pack<std::remove_const_t<T>, P> load(int i) const {
-    return load_vector(reinterpret_cast<const Pack<std::remove_const_t<T>, P>*>(first + i * line));
+    const auto* row = reinterpret_cast<const Pack<std::remove_const_t<T>, P>*>(first + i * line);
+    if constexpr (std::is_const<T>::value)
+      return load_vector(row);
+    else
+      return *row;  // the kernel writes there too, which the cache of load_vector need not see
   }
   __device__ __forceinline__ void store(int i, const Pack<T, P>& values) const {
     *reinterpret_cast<Pack<T, P>*>(first + i * line) = values;

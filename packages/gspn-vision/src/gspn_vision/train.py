@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.data import Mixup, resolve_model_data_config
+from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import dispatch_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -36,11 +36,12 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
+from .arguments import model_arguments, preprocessing_of
 from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, write_model
 from .config import TrainConfig
-from .data import Batch, Preprocessing, Samples, Unreadable, training_loader, validation_loader
+from .data import Batch, Samples, Unreadable, training_loader, validation_loader
 from .finetune import freeze, start_from, training_mode
-from .models import build_model, check_classifier, check_name, has_fixed_size
+from .models import build_model, check_classifier
 from .sources import open_source
 from .validate import evaluate
 
@@ -49,44 +50,6 @@ TABLES = {
     "train": ["epoch", "loss", "gradient_norm", "lr", "images_per_second"],
     "validation": ["epoch", "loss", "top1", "top5", "best_top1"],
 }
-
-
-def model_arguments(config: TrainConfig, classes: int) -> dict[str, Any]:
-    """Return the constructor arguments of a configuration's model.
-
-    Raises:
-        ValueError: model_kwargs hold one that is an option, or not a constructor's.
-    """
-    for name in ("pretrained", "checkpoint_path", "num_classes", "in_chans", "drop_rate", "drop_path_rate"):
-        if name in config.model_kwargs:
-            raise ValueError(f"model_kwargs must not hold {name!r}: it is an option, or follows from the data")
-    check_name(config.model)
-    size = config.image_size
-    return {
-        **({"img_size": (size.height, size.width)} if has_fixed_size(config.model) else {}),
-        "num_classes": classes,
-        "in_chans": config.in_chans,
-        "drop_rate": config.drop_rate,
-        "drop_path_rate": config.drop_path_rate,
-        **config.model_kwargs,
-    }
-
-
-def preprocessing_of(config: TrainConfig, model: nn.Module) -> Preprocessing:
-    """Return the preprocessing of a configuration, with the model's own mean and deviation where it has none."""
-    own = resolve_model_data_config(model)
-
-    def fit(values: tuple[float, ...]) -> tuple[float, ...]:
-        return values if len(values) == config.in_chans else (sum(values) / len(values),)
-
-    return Preprocessing(
-        in_chans=config.in_chans,
-        size=(config.image_size.height, config.image_size.width),
-        mean=config.mean or fit(tuple(own["mean"])),
-        std=config.std or fit(tuple(own["std"])),
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-    )
 
 
 class Trainer:
