@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import check_spills
-from cuda_sass import Graph, Kernel, Loop, code_bytes, cost_of_turn, disassemble, graph_of, loops_of
+from cuda_sass import Graph, Kernel, Loop, Work, code_bytes, cost_of_turn, disassemble, graph_of, loops_of
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,15 @@ class Case:
 
     Args:
         case: name.
-        kernel: function, storage type, template arguments P, K, CW, SEG, and the last one: of a strip kernel whether it
-            scans horizontally, of a column kernel whether it normalises logits.
+        kernel: function, storage type, template arguments P, K, CW, SEG, and further ones: of a strip kernel whether it
+            scans horizontally; of a column or row kernel whether it normalises logits, of a row kernel also whether it
+            scans from right to left.
         lanes: share of the lanes that have a position of the line.
         instructions, local, loop_bytes: limits, per 32 elements or in all.
     """
 
     case: str
-    kernel: tuple[str, str, tuple[int, int, int, int], bool | None]
+    kernel: tuple[str, str, tuple[int, int, int, int], tuple[bool, ...]]
     instructions: float
     local: int
     loop_bytes: int
@@ -44,15 +45,19 @@ class Case:
 
 # The limits are what the kernels take with nvcc 13.0 for sm_90, and a twentieth more.
 CASES = (
-    Case("A down", ("column_forward", "float", (4, 4, 1, 1), False), 23, 0, 28_300),
-    Case("A right", ("strip_forward", "float", (4, 4, 1, 1), True), 288, 4, 71_300),
-    Case("A from logits", ("column_forward", "float", (4, 4, 1, 1), True), 93, 8, 52_400),
-    Case("propagate bf16 strip", ("column_forward", "bf16", (4, 4, 1, 1), True), 89, 22, 51_800),
-    Case("propagate bf16 strip right", ("strip_forward", "bf16", (4, 4, 1, 1), True), 277, 0, 68_200),
-    Case("B", ("resident_forward", "bf16", (4, 4, 4, 1), None), 218, 0, 32_300, lanes=74 / 128),
-    Case("C", ("resident_forward", "bf16", (1, 8, 1, 2), None), 277, 150, 34_100),
-    Case("A backward", ("strip_backward", "float", (4, 4, 1, 1), False), 648, 0, 168_000),
-    Case("A backward right", ("strip_backward", "float", (4, 4, 1, 1), True), 658, 0, 172_000),
+    Case("A down", ("column_forward", "float", (4, 4, 1, 1), (False,)), 26, 0, 28_300),
+    Case("A right", ("row_forward", "float", (4, 4, 1, 1), (False, False)), 36, 0, 41_500),
+    Case("A left", ("row_forward", "float", (4, 4, 1, 1), (False, True)), 36, 0, 41_500),
+    Case("A right, any strides", ("strip_forward", "float", (4, 4, 1, 1), (True,)), 288, 4, 71_300),
+    Case("A right from logits", ("row_forward", "float", (4, 4, 1, 1), (True, False)), 101, 0, 70_300),
+    Case("A from logits", ("column_forward", "float", (4, 4, 1, 1), (True,)), 88, 0, 52_400),
+    Case("propagate bf16 strip", ("column_forward", "bf16", (4, 4, 1, 1), (True,)), 69, 0, 45_000),
+    Case("propagate bf16 strip right", ("row_forward", "bf16", (4, 4, 1, 1), (True, False)), 78, 0, 81_000),
+    Case("B", ("shared_forward", "bf16", (5, 1, 1, 2), ()), 24, 0, 30_000, lanes=74 / 80),
+    Case("B, gates of every channel", ("resident_forward", "bf16", (4, 4, 4, 1), ()), 218, 0, 32_300, lanes=74 / 128),
+    Case("C", ("fused_forward", "bf16", (4, 4, 1, 8), ()), 45, 0, 68_000),
+    Case("A backward", ("strip_backward", "float", (4, 4, 1, 1), (False,)), 648, 0, 168_000),
+    Case("A backward right", ("strip_backward", "float", (4, 4, 1, 1), (True,)), 658, 0, 172_000),
 )
 TYPES = {"float": ("float32", "f"), "bf16": ("bfloat16", "NS0_8BFloat16E")}
 
@@ -74,10 +79,9 @@ class Row:
 
 def pattern_of(case: Case) -> str:
     """Return a regular expression for the mangled name of a case's kernel."""
-    function, kind, cover, horizontal = case.kernel
+    function, kind, cover, flags = case.kernel
     numbers = "".join(f"Li{number}E" for number in cover)
-    flag = "" if horizontal is None else f"Lb{int(horizontal)}E"
-    return rf"\d{function}INS0_6ConfigI{TYPES[kind][1]}{numbers}EE{flag}E"
+    return rf"\d{function}INS0_6ConfigI{TYPES[kind][1]}{numbers}EE{''.join(f'Lb{int(flag)}E' for flag in flags)}E"
 
 
 def tile_loops(graph: Graph, loops: list[Loop]) -> list[Loop]:
@@ -90,30 +94,53 @@ def tile_loops(graph: Graph, loops: list[Loop]) -> list[Loop]:
     return [loop for loop in found if not any(other.blocks < loop.blocks for other in found)]
 
 
-def measure(case: Case, kernel: Kernel, usage: check_spills.Usage) -> Row:
-    """Count what a case's kernel executes per 32 elements and direction.
+def costs(case: Case, graph: Graph) -> tuple[list[Counter[str]], float]:
+    """Return what a turn of each loop over tiles executes, and the instructions per 32 elements and direction.
 
-    A backward kernel takes a tile through two loops, which add up; the loops of a forward kernel are of one axis each.
+    A kernel of several directions has a loop for each axis or direction, of which the most expensive one counts. It
+    knows two ways through a tile, and takes the cheap one while all states are finite. A backward kernel takes a tile
+    through two loops, which add up; the loops of other kernels are of one axis each.
     """
-    graph = graph_of(kernel)
+    function, kind, (positions, lines, *_), _ = case.kernel
     loops = loops_of(graph)
     tiles = tile_loops(graph, loops)
     if not tiles:
-        raise ValueError(f"{kernel.name} has no loop that reads global memory and shuffles")
-    positions, lines = case.kernel[2][:2]
-    turns = [cost_of_turn(graph, loop, loops, lines) for loop in tiles]
+        raise ValueError(f"{graph.kernel.name} has no loop that reads global memory and shuffles")
+    if function == "shared_forward":  # each element takes a load of its own; a second loop takes the last few lines
+        turns = [
+            cost_of_turn(graph, loop, loops, Work(trips=1, widest=0, shuffles=0, exponentials=0)) for loop in tiles
+        ]
+        most = max(turn["loads"] for turn in turns)
+        turns = [turn for turn in turns if turn["loads"] == most]
+        return turns, max(turn["instructions"] / turn["loads"] for turn in turns) / case.lanes
+    if function == "fused_forward":
+        work = Work(trips=2, widest=0, shuffles=0, exponentials=0)  # of a stage: two units of 16 bytes of each row
+        turns = [cost_of_turn(graph, loop, loops, work) for loop in tiles]
+        return turns, max(turn["instructions"] / (turn["exponentials"] / 3) for turn in turns) / case.lanes
+    inner = lines  # turns of the loops inside
+    if function == "row_forward":  # a stage of 32 bytes of each row, in groups of four lines
+        lines = {"float": 8, "bf16": 16}[kind]
+        inner = lines // 4
+    turns = [cost_of_turn(graph, loop, loops, Work(trips=inner)) for loop in tiles]
+    share = positions * lines * case.lanes * (1 if "backward" in function else len(turns))
+    return turns, sum(turn["instructions"] for turn in turns) / share
+
+
+def measure(case: Case, kernel: Kernel, usage: check_spills.Usage) -> Row:
+    """Count what a case's kernel executes per 32 elements and direction."""
+    graph = graph_of(kernel)
+    turns, instructions = costs(case, graph)
     total = sum(turns, Counter())
-    share = positions * lines * case.lanes * (1 if "backward" in case.kernel[0] else len(turns))
     return Row(
         case.case,
         kernel.name,
-        round(total["instructions"] / share, 1),
-        round(total["alu"] / share, 1),
+        round(instructions, 1),
+        round(instructions * total["alu"] / total["instructions"], 1),
         max(turn["local"] for turn in turns),
         round(total["loaded"] / max(1, total["loads"]), 1),
         usage.registers,
         usage.stores,
-        max(code_bytes(graph, loop) for loop in tiles),
+        max(code_bytes(graph, loop) for loop in tile_loops(graph, loops_of(graph))),
     )
 
 

@@ -13,7 +13,7 @@ import struct
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\S*)\s*(.*?)\s*;")
@@ -235,6 +235,7 @@ def _count(code: Sequence[Instruction]) -> Counter[str]:
         counts["alu"] += instruction.name in ALU
         counts["local"] += instruction.name in ("LDL", "STL")
         counts["shuffles"] += instruction.name == "SHFL"
+        counts["shared"] += instruction.name in ("LDS", "STS", "LDGSTS")
         counts["exponentials"] += instruction.opcode.startswith("MUFU.EX2")
         if instruction.name in _GLOBAL_LOADS:
             counts["loads"] += 1
@@ -244,39 +245,62 @@ def _count(code: Sequence[Instruction]) -> Counter[str]:
     return counts
 
 
-def _key(counts: Mapping[str, int], widest: int) -> tuple[int, ...]:
-    """Orders paths: the most bytes, then shuffles, then exponentials, then the fewest instructions."""
+@dataclass(frozen=True)
+class Work:
+    """What a full tile takes, to tell its path from those of other cases.
+
+    Args:
+        trips: turns of inner loops with shuffles, the scans; other inner loops, such as those of divisions, take one.
+        widest: bytes of the widest stores to global memory of the path; with 0, stores are not part of it; by default
+            those of the loop.
+        shuffles, exponentials: the most that a path is searched for; a path with more computes something twice.
+    """
+
+    trips: int
+    widest: int | None = None
+    shuffles: int = 1 << 30
+    exponentials: int = 1 << 30
+
+    @property
+    def of_inner(self) -> Work:
+        """Of one turn of an inner loop."""
+        trips = max(1, self.trips)
+        return replace(self, shuffles=self.shuffles // trips, exponentials=self.exponentials // trips)
+
+
+def _key(counts: Mapping[str, int], widest: int, work: Work) -> tuple[int, ...]:
+    """Orders paths: the most bytes, accesses to shared memory, shuffles, exponentials; then the fewest instructions."""
     return (
         -counts["loaded"],
         -counts[f"stored by {widest}"],
-        -counts["shuffles"],
-        -counts["exponentials"],
+        -counts["shared"],
+        -min(counts["shuffles"], work.shuffles),
+        -min(counts["exponentials"], work.exponentials),
         counts["instructions"],
     )
 
 
-def cost_of_turn(
-    graph: Graph, loop: Loop, loops: Sequence[Loop], trips: int, widest: int | None = None
-) -> Counter[str]:
+def cost_of_turn(graph: Graph, loop: Loop, loops: Sequence[Loop], work: Work) -> Counter[str]:
     """Count what a turn of a loop executes on the path of a full tile.
 
     Args:
         graph: of the kernel.
         loop: in question.
         loops: all of the kernel.
-        trips: turns of inner loops with shuffles, the scans; other inner loops, such as those of divisions, take one.
-        widest: bytes of its widest stores; those of the loop itself by default.
+        work: what the path does.
     """
+    widest = work.widest
     if widest is None:
         every = _count([instruction for block in loop.blocks for instruction in graph.code(block)])
         widest = max((size for size in (2, 4, 8, 16) if every[f"stored by {size}"]), default=0)
+        work = replace(work, widest=widest)
     inner = [other for other in loops if other.blocks < loop.blocks and other.head != loop.head]
     outermost = [a for a in inner if not any(a.blocks < b.blocks for b in inner)]
     owner = {block: other for other in outermost for block in other.blocks}
     costs: dict[int, Counter[str]] = {}
     for other in outermost:
-        turn = cost_of_turn(graph, other, loops, trips, widest)
-        times = trips if turn["shuffles"] else 1
+        turn = cost_of_turn(graph, other, loops, work.of_inner)
+        times = work.trips if turn["shuffles"] else 1
         costs[other.head] = Counter({key: value * times for key, value in turn.items()})
     best: dict[int, Counter[str]] = {loop.head: Counter()}
     result: Counter[str] | None = None
@@ -289,10 +313,10 @@ def cost_of_turn(
         so_far = best[block] + (costs[block] if block in owner else _count(graph.code(block)))
         for following in {after for member in members for after in graph.after[member]} - members:
             if following == loop.head:
-                if result is None or _key(so_far, widest) < _key(result, widest):
+                if result is None or _key(so_far, widest, work) < _key(result, widest, work):
                     result = so_far
             elif following in loop.blocks and (
-                following not in best or _key(so_far, widest) < _key(best[following], widest)
+                following not in best or _key(so_far, widest, work) < _key(best[following], widest, work)
             ):
                 best[following] = so_far
         if block in members and loop.head in graph.after[block] and block == loop.head and result is None:

@@ -56,7 +56,7 @@ def listing(code=LOOP, name=NAME):
 
 def measured(code=LOOP):
     (kernel,) = cuda_sass.parse(listing(code)).values()
-    case = cuda_budget.Case("test", ("strip_forward", "float", (2, 2, 1, 1), False), 20, 0, 400)
+    case = cuda_budget.Case("test", ("strip_forward", "float", (2, 2, 1, 1), (False,)), 20, 0, 400)
     return case, cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(NAME, 40, 0, 0))
 
 
@@ -103,11 +103,40 @@ def test_cubins_are_found_in_an_object(tmp_path):
     assert list(cuda_sass.find_cubins(tmp_path / "a.o")) == [first, second]
 
 
+FUSED = """
+.tile:
+  LDG.E.128 R4, desc[UR4][R8.64]
+  MUFU.EX2 R5, R4
+  MUFU.EX2 R6, R4
+  MUFU.EX2 R7, R4
+  SHFL.UP PT, R6, R5, 0x1, RZ
+  STS [R2], R6
+  VOTE.ANY P0, P1
+  @!P0 BRA `(.done)
+  MUFU.EX2 R5, R4
+  MUFU.EX2 R6, R4
+  MUFU.EX2 R7, R4
+  SHFL.UP PT, R6, R5, 0x1, RZ
+.done:
+  @P3 BRA `(.tile)
+  EXIT
+"""
+
+
+def test_states_are_finite_in_a_fused_kernel():
+    """Load, three exponentials, shuffle, store, vote, two branches: of one element."""
+    name = NAME.replace("13strip", "13fused").replace("Lb0E", "")
+    (kernel,) = cuda_sass.parse(listing(FUSED, name)).values()
+    case = cuda_budget.Case("test", ("fused_forward", "float", (2, 2, 1, 1), ()), 20, 0, 400, lanes=0.5)
+    row = cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(name, 40, 0, 0))
+    assert row.instructions_per_32 == 9 / 0.5
+
+
 def test_missing_kernels_and_the_json(tmp_path, capsys, monkeypatch):
     (kernel,) = cuda_sass.parse(listing()).values()
     case, row = measured()
     monkeypatch.setattr(
-        cuda_budget, "CASES", (case, replace(case, case="other", kernel=("none", "float", (2, 2, 1, 1), None)))
+        cuda_budget, "CASES", (case, replace(case, case="other", kernel=("none", "float", (2, 2, 1, 1), ())))
     )
     monkeypatch.setattr(cuda_budget, "disassemble", lambda *_: {NAME: kernel})
     monkeypatch.setattr(cuda_budget.check_spills, "read", lambda _: [cuda_budget.check_spills.Usage(NAME, 40, 0, 0)])

@@ -85,14 +85,14 @@ def check_line_scan(inputs: Sequence[Tensor | None], **options: Any) -> None:
     )
 
 
-def check_infinities(h: int, w: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+def check_infinities(h: int, w: int, dtype: torch.dtype = torch.float32, groups: int = 1, **options: Any) -> None:
     """Infinities of x and lam, in corners and of both signs, reach the output and the gradients as in the reference.
 
     But for the gradients of logits, which are differences of infinities.
     """
     places = [(0, 0, torch.inf)], [(h // 3, w // 2, torch.inf), (h // 2, w // 3, -torch.inf)], [(h - 1, 0, -torch.inf)]
     for gate, infinities in itertools.product((0, 2), places):
-        inputs = propagate_inputs(2, 4, h, w, lam=4, u=2, dtype=dtype)
+        inputs = propagate_inputs(2, 4, h, w, groups=groups, lam=4, u=4 if groups == 4 else 2, dtype=dtype)
         for row, column, value in infinities:
             inputs[gate][..., 1, row, column] = value  # type: ignore[index]
         ours, wanted = (

@@ -96,6 +96,75 @@ def test_rows_of_vectors(emulated, dtype, size, chunk_size, path):
     check_line_scan(inputs, direction="top_to_bottom", chunk_size=chunk_size)
 
 
+# The same for horizontal scans, which copy sectors of 32 bytes of rows of 16; the last sector may be half a one.
+@pytest.mark.parametrize(
+    "dtype,size,chunk_size,path",
+    covering([torch.float32, torch.bfloat16], [(7, 8), (56, 40), (131, 24), (250, 48)], [None, 7], PATHS[1:]),
+    ids=str,
+)
+def test_rows_of_sectors(emulated, dtype, size, chunk_size, path):
+    emulated.cuda_select_path(path)
+    height, width = size
+    directions = ["right_to_left", "left_to_right"]
+    check_propagate(
+        propagate_inputs(2, 2, *size, d=2, groups=2, lam=2, u=1, dtype=dtype),
+        directions=directions,
+        chunk_size=chunk_size,
+    )
+    check_propagate(propagate_inputs(1, 2, *size, groups=2, dtype=dtype), chunk_size=chunk_size)
+    weights = 0.5 * randn(1, 2, 3, height, width, dtype=dtype)
+    for direction in directions:
+        inputs = [randn(1, 2, height, width, dtype=dtype), weights, randn(1, 2, height, width, dtype=dtype)]
+        check_line_scan(inputs, direction=direction, chunk_size=chunk_size)
+
+
+# Small images with weights for every channel, in one launch: all lengths of a lane group, whole and not; more channels
+# than a warp has; gates of every channel, of all, none; chunks, and directions of one axis.
+@pytest.mark.parametrize(
+    "dtype,size,channels,gates,chunk_size",
+    covering(
+        [torch.float32, torch.bfloat16],
+        [(16, 16), (12, 8), (4, 24), (36, 40), (64, 16), (68, 8)],
+        [3, 9],
+        [("C", "C"), (1, None), (None, 1), (None, None)],
+        [None, 5, 8],
+    ),
+    ids=str,
+)
+def test_fused(emulated, dtype, size, channels, gates, chunk_size):
+    lam, u = (channels if gate == "C" else gate for gate in gates)
+    inputs = propagate_inputs(2, channels, *size, groups=channels, lam=lam, u=u, dtype=dtype)
+    check_propagate(inputs, chunk_size=chunk_size)
+    some = propagate_inputs(1, channels, *size, d=2, groups=channels, lam=lam, u=u, dtype=dtype)
+    check_propagate(some, directions=["bottom_to_top", "top_to_bottom"], chunk_size=chunk_size)
+    check_propagate(some, directions=["right_to_left", "left_to_right"], chunk_size=chunk_size)
+
+
+# Small images with weights and gates that eight channels or more share: all lengths of a lane group; one warp and
+# several for a direction; a ragged last block; groups that end within a warp.
+@pytest.mark.parametrize(
+    "dtype,size,channels,gates,chunk_size,processors",
+    covering(
+        [torch.float32, torch.bfloat16],
+        [(7, 5), (14, 9), (3, 20), (28, 22), (41, 10), (6, 74), (9, 100), (120, 5)],
+        [(9, 1), (16, 2), (40, 1)],
+        [(1, None), (None, 1), (1, 1)],
+        [None, 4, 7],
+        [1, 132],
+    ),
+    ids=str,
+)
+def test_shared(emulated, dtype, size, channels, gates, chunk_size, processors):
+    emulated.emulate_device(9, processors, 227 * 1024)
+    c, groups = channels
+    inputs = propagate_inputs(2, c, *size, groups=groups, lam=gates[0], u=gates[1], dtype=dtype)
+    check_propagate(inputs, chunk_size=chunk_size)
+    some = propagate_inputs(1, c, *size, d=3, groups=groups, lam=gates[0], u=gates[1], dtype=dtype)
+    some[0] = transposed(some[0])
+    some[1] = part_of_a_wider_buffer(some[1])
+    check_propagate(some, directions=["bottom_to_top", "left_to_right", "top_to_bottom"], chunk_size=chunk_size)
+
+
 def test_float16_has_kernels_of_its_own(emulated):
     """They are not part of the emulation, see emulation/unbuilt.cpp; the call finds them."""
     with pytest.raises(ValueError, match="built without Float16"):
@@ -217,21 +286,23 @@ def test_logits_without_effect(emulated, path, groups, size):
 
 
 @pytest.mark.parametrize(
-    "path,size,chunk_size", covering(PATHS, [(8, 8), (6, 16), (9, 32), (7, 128), (5, 140)], [None, 3]), ids=str
+    "path,size,chunk_size,groups",
+    covering(PATHS, [(8, 8), (6, 16), (12, 24), (9, 32), (7, 128), (5, 140)], [None, 3], [1, 4]),
+    ids=str,
 )
-def test_infinities(emulated, path, size, chunk_size):
+def test_infinities(emulated, path, size, chunk_size, groups):
     emulated.cuda_select_path(path)
-    check_infinities(*size, chunk_size=chunk_size)
+    check_infinities(*size, groups=groups, chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("path,length", covering(PATHS, [8, 40, 128, 140]), ids=str)
-def test_nan_spreads_by_one_position_a_line(emulated, path, length):
+@pytest.mark.parametrize("path,length,groups", covering(PATHS, [8, 40, 128, 140], [1, 2]), ids=str)
+def test_nan_spreads_by_one_position_a_line(emulated, path, length, groups):
     """From anywhere, and not from one end of a lane's positions to the other."""
     emulated.cuda_select_path(path)
     for position in (0, 1, 3, length - 4, length - 1):
-        x, weights = randn(1, 2, 5, length), randn(1, 1, 3, 5, length)
+        x, weights = randn(1, 2, 8, length), randn(1, groups, 3, 8, length)
         x[..., 1, position] = torch.nan
-        rows, columns = torch.meshgrid(torch.arange(5), torch.arange(length), indexing="ij")
+        rows, columns = torch.meshgrid(torch.arange(8), torch.arange(length), indexing="ij")
         cone = (rows >= 1) & ((columns - position).abs() <= rows - 1)
         y = propagate(x, weights[:, None], directions=["top_to_bottom"])
         for result in (line_scan(x, weights, direction="top_to_bottom"), y):
@@ -239,12 +310,12 @@ def test_nan_spreads_by_one_position_a_line(emulated, path, length):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("size", [(40, 30), (20, 150)], ids=str)
-def test_a_constant_field_stays_constant(emulated, size, path):
+@pytest.mark.parametrize("groups,size", covering([1, 2], [(40, 30), (20, 150), (40, 32)]), ids=str)
+def test_a_constant_field_stays_constant(emulated, size, groups, path):
     """With no input after the first line, row-stochastic weights keep a constant state exactly."""
     emulated.cuda_select_path(path)
     x = torch.ones(1, 2, *size)
-    logits = 3 * randn(1, 1, 1, 3, *size)
+    logits = 3 * randn(1, 1, groups, 3, *size)
     lam = torch.zeros(1, 1, 1, *size)
     lam[..., 0, :] = 1
     assert torch.equal(propagate(x, logits, lam, directions=["top_to_bottom"]), x)
@@ -252,7 +323,11 @@ def test_a_constant_field_stays_constant(emulated, size, path):
 
 @pytest.mark.parametrize(
     "path,size,channels,gates",
-    [(path, *case) for path in ("auto", *PATHS) for case in (((20, 33), 4, 1), ((20, 33), 5, 5), ((7, 7), 8, 1))],
+    [
+        (path, *case)
+        for path in ("auto", *PATHS)
+        for case in (((20, 33), 4, 1), ((20, 33), 5, 5), ((7, 7), 8, 1), ((21, 13), 17, 1), ((16, 16), 9, 9))
+    ],
     ids=str,
 )
 def test_an_image_does_not_depend_on_its_batch(emulated, path, size, channels, gates):

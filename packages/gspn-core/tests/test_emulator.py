@@ -22,7 +22,7 @@ BUILDS = {
     "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
     "thread": ["-fsanitize=thread"],
 }
-RIGHT = ["reduction", "shuffles", "partial", "cluster", "launches_in_order", "operating_system_threads"]
+RIGHT = ["reduction", "shuffles", "partial", "cluster", "copies", "launches_in_order", "operating_system_threads"]
 DEADLOCK = "deadlock: every thread that has not returned waits"
 
 
@@ -181,6 +181,22 @@ def test_masks_and_maps(selftest):
         "no error",
         "cluster_map of an address outside shared memory",
         "cluster_map to a rank outside the cluster",
+    ]
+
+
+def test_asynchronous_copies(selftest):
+    assert selftest("plain", "copies_without_wait") == (0, "nan\n", "")
+    status, _, errors = selftest("thread", "copies_without_barrier")
+    assert status == 66
+    assert "SUMMARY: ThreadSanitizer: data race" in errors
+    assert "emulator::wait_for_copies" in errors
+    status, output, _ = selftest("plain", "bad_copies")
+    assert status == 0
+    assert messages(output) == [
+        "a thread returned while its copies were under way",
+        "copy_async beyond shared memory",
+        "copy_async of an address that is not aligned",
+        "copy_async of an address that is not aligned",
     ]
 
 

@@ -36,8 +36,8 @@ struct Column {
   T* first = nullptr;
   int line = 0;
 
-  __device__ __forceinline__ Pack<std::remove_const_t<T>, P> load(int i) const {
-    const auto* row = reinterpret_cast<const Pack<std::remove_const_t<T>, P>*>(first + i * line);
+  __device__ __forceinline__ Pack<std::remove_const_t<T>, P> load(int i, int64_t plane = 0) const {
+    const auto* row = reinterpret_cast<const Pack<std::remove_const_t<T>, P>*>(first + (plane + i * line));
     if constexpr (std::is_const<T>::value)
       return load_vector(row);
     else
@@ -58,23 +58,26 @@ template <class C>
 struct Columns {
   using T = typename C::T;
   using A = typename C::A;
-  Column<const T, C::P> weights[3], x, lam, u;
+  Column<const T, C::P> weights, x, lam, u;
+  int64_t weight;  // elements from a weight's plane to the next
   Column<T, C::P> y;
   Column<A, C::P> sums;
   bool gated, scaled, first, last;  // there is a lam, a u; the first, the last direction
-  bool in, left, right;             // the lane's positions are of the line; there are some to their left, right
+  bool in;                          // the lane's positions are of the line
+  unsigned left, right;             // masks: there are positions to their left, right
   int end;                          // of the lines
 
   __device__ __forceinline__ Columns(const Params& p, const StripLaunch& l, const Job<C>& job, const Scan& scan)
       : gated(p.lam.data != nullptr), scaled(p.u.data != nullptr), first(l.first), last(l.last), end(job.end) {
     const int place = job.strips.first_position() + int(threadIdx.x & 31) * C::P, c = job.channels.first;
     in = place >= 0 && place < int(scan.length);
-    left = place > 0, right = place + C::P < int(scan.length);
+    left = place > 0 ? ~0u : 0u, right = place + C::P < int(scan.length) ? ~0u : 0u;
     const int j = in ? place : 0;
     const auto plane = [&](const Field& f, int64_t d, int64_t k) {
       return column<C::P>(scan_plane<const T>(f, scan, job.n, d, shared_channel(p, f, c), k), j);
     };
-    for (int k = 0; k < 3; ++k) weights[k] = plane(p.weights, l.d, k);
+    weights = plane(p.weights, l.d, 0);
+    weight = p.weights.k;
     x = plane(p.x, 0, 0);
     if (gated) lam = plane(p.lam, l.d, 0);
     if (scaled) u = plane(p.u, l.d, 0);
@@ -83,70 +86,87 @@ struct Columns {
     if (l.sums != nullptr) f = Field{l.sums, p.C, p.C * p.H * p.W, 0, p.H * p.W, 0, p.W, 1};
     sums = column<C::P>(scan_plane<A>(f, scan, job.n, 0, c), j);
   }
+  __device__ __forceinline__ Pack<T, C::P> load_weight(int k, int i) const { return weights.load(i, k * weight); }
+  __device__ __forceinline__ Pack<T, C::P> load_x(int i) const { return x.load(i); }
+  __device__ __forceinline__ Pack<T, C::P> load_lam(int i) const { return lam.load(i); }
 };
 
-// Half a tile of what a lane reads.
-template <class C>
+// A few rows of a lane's weights and input, half a tile by default.
+template <class C, int kRows_ = C::K / 2>
 struct Rows {
-  static constexpr int kRows = C::K / 2;
+  static constexpr int kRows = kRows_;
   using T = typename C::T;
   using A = typename C::A;
-  Pack<T, C::P> weights[3][kRows] = {}, x[kRows] = {}, lam[kRows] = {}, u[kRows] = {};
-  Pack<A, C::P> before[kRows] = {};
+  Vector<T, C::P> weights[3][kRows] = {}, x[kRows] = {}, lam[kRows];
 
-  template <bool kStochastic>
-  __device__ __forceinline__ void load_row(const Columns<C>& from, int r, int i, bool owns) {
+  __device__ __forceinline__ Rows() {
 #pragma unroll
-    for (int k = 0; k < 3; ++k) weights[k][r] = from.weights[k].load(i);
-    x[r] = from.x.load(i);
-    if (from.gated) lam[r] = from.lam.load(i);
-    if (!kStochastic) return;  // line_scan has one direction, and no output gate
-    if (from.scaled) u[r] = from.u.load(i);
-    // Only the sums that this strip writes: a neighbouring strip may be writing the rest.
-    if (!from.first && owns) before[r] = from.sums.load(i);
+    for (int r = 0; r < kRows; ++r) lam[r] = Vector<T, C::P>::of(A(1));  // if there is no gate
   }
-  template <bool kStochastic>
-  __device__ __forceinline__ void load(const Columns<C>& from, int i0, bool owns) {
+
+  __device__ __forceinline__ void load(const Columns<C>& from, int i0) {
     if (!from.in) return;
     if (i0 + kRows <= from.end) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) load_row<kStochastic>(from, r, i0 + r, owns);
+      for (int r = 0; r < kRows; ++r) load_row(from, r, i0 + r);
     } else {
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        if (i0 + r < from.end) load_row<kStochastic>(from, r, i0 + r, owns);
+        if (i0 + r < from.end) load_row(from, r, i0 + r);
     }
   }
+  template <class Source>
+  __device__ __forceinline__ void load_row(const Source& from, int r, int i) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) weights[k][r] = from.load_weight(k, i);
+    x[r] = from.load_x(i);
+    if (from.gated) lam[r] = from.load_lam(i);
+  }
 
-  // The weights of a line and its gated input. Lanes outside the line never load, so that theirs are of zeros.
+  // The weights of a line and its gated input. What lanes outside the line compute never leaves them.
   template <bool kStochastic>
   __device__ __forceinline__ void prepare(const Columns<C>& from, int r, LineOf<C>& line) const {
 #pragma unroll
     for (int q = 0; q < C::P; ++q) {
-      const bool has_left = q > 0 || from.left, has_right = q < C::P - 1 || from.right;
-      const A value = widen(x[r].v[q]);
-      line.f[q] = from.gated ? widen(lam[r].v[q]) * value : value;
-      const A a = widen(weights[0][r].v[q]), b = widen(weights[1][r].v[q]), c = widen(weights[2][r].v[q]);
-      if (kStochastic)
-        normalise<T>(a, b, c, has_left, has_right, line.a[q], line.c[q]);
-      else
-        line.a[q] = has_left ? a : A(0), line.b[q] = b, line.c[q] = has_right ? c : A(0);
+      const unsigned has_left = q > 0 ? ~0u : from.left, has_right = q < C::P - 1 ? ~0u : from.right;
+      const A value = x[r][q];
+      line.f[q] = lam[r][q] * value;
+      prepare_weights<T, kStochastic>(weights[0][r][q], weights[1][r][q], weights[2][r][q], has_left, has_right,
+                                      line.a[q], line.b[q], line.c[q]);
     }
   }
-  // Adds u h to the sum over directions.
-  template <bool kStochastic>
+};
+
+// Half a tile of the sums over directions and of the gates of the output. line_scan has neither: one direction, no
+// gate.
+template <class C, bool kStochastic>
+struct OutputRows {
+  static constexpr int kRows = Rows<C>::kRows;
+  using A = typename C::A;
+  Vector<typename C::T, C::P> u[kRows] = {};
+  Pack<A, C::P> before[kRows] = {};
+
+  // Only what this strip writes: a neighbouring strip may be writing the rest.
+  __device__ __forceinline__ void load(const Columns<C>& from, int i0, bool owns) {
+    if (!kStochastic || !owns) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (i0 + r >= from.end) break;
+      if (from.scaled) u[r] = from.u.load(i0 + r);
+      if (!from.first) before[r] = from.sums.load(i0 + r);
+    }
+  }
+  // Adds u h to the sum.
   __device__ __forceinline__ void store(const Columns<C>& to, int r, int i, const A (&h)[C::P]) const {
     Pack<A, C::P> sum;
-    Pack<T, C::P> out;
 #pragma unroll
     for (int q = 0; q < C::P; ++q) {
       sum.v[q] = h[q];
-      if (kStochastic && to.scaled) sum.v[q] *= widen(u[r].v[q]);
+      if (kStochastic && to.scaled) sum.v[q] *= u[r][q];
       if (kStochastic && !to.first) sum.v[q] += before[r].v[q];
-      narrow(sum.v[q], out.v[q]);
     }
     if (!kStochastic || to.last)
-      to.y.store(i, out);
+      to.y.store(i, narrowed<typename C::T>(sum));
     else
       to.sums.store(i, sum);
   }
@@ -167,7 +187,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
 
   A h[C::P] = {};
   Rows<C> rows[2];
-  rows[0].template load<kStochastic>(columns, job.begin, owns);
+  rows[0].load(columns, job.begin);
   if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
   int parity = 0, due = checkpoints.after(job.begin - 1);
 #pragma unroll 1
@@ -177,7 +197,9 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int first = i0 + half * kRows;
-      rows[1 - half].template load<kStochastic>(columns, first + kRows, owns);
+      OutputRows<C, kStochastic> output;
+      output.load(columns, first, owns);
+      rows[1 - half].load(columns, first + kRows);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int i = first + r;
@@ -189,10 +211,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
         }
         LineOf<C> line;
         rows[half].template prepare<kStochastic>(columns, r, line);
-        advance<C>(h, line, kStochastic, starts);
-#pragma unroll
-        for (int q = 0; q < C::P; ++q) h[q] = columns.in ? h[q] : A(0);
-        if (owns) rows[half].template store<kStochastic>(columns, r, i, h);
+        advance<C>(h, line, kStochastic, starts, columns.left, columns.right);
+        if (owns) output.store(columns, r, i, h);
       }
     }
   }

@@ -30,6 +30,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Two elements of 16 bits in a word.
+template <class T>
+struct Halves {
+  uint32_t bits;
+};
 
 // The state and all sums are kept in float32, and in float64 for float64.
 template <class T>
@@ -51,15 +56,43 @@ __device__ __forceinline__ void narrow(double v, double& out) { out = v; }
 #ifdef __CUDACC__
 __device__ __forceinline__ float widen(BFloat16 v) { return __bfloat162float(__ushort_as_bfloat16(v.bits)); }
 __device__ __forceinline__ float widen(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
+__device__ __forceinline__ float widen(Halves<BFloat16> v, int element) {
+  return __uint_as_float(element == 0 ? v.bits << 16 : v.bits & 0xffff0000u);
+}
+__device__ __forceinline__ float widen(Halves<Float16> v, int element) {
+  __half2 pair;
+  memcpy(&pair, &v, sizeof(pair));
+  return element == 0 ? __low2float(pair) : __high2float(pair);
+}
 __device__ __forceinline__ void narrow(float v, BFloat16& out) {
   out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
 }
 __device__ __forceinline__ void narrow(float v, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
+__device__ __forceinline__ void narrow(float first, float second, Halves<BFloat16>& out) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  memcpy(&out, &pair, sizeof(out));
+}
+__device__ __forceinline__ void narrow(float first, float second, Halves<Float16>& out) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  memcpy(&out, &pair, sizeof(out));
+}
+
+// The instructions that round denormal numbers to 0, which saves the steps that scale them.
+__device__ __forceinline__ float fast_exponential(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x * 1.4426950408889634f));
+  return out;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
 
 // exp(x). The fast version is accurate enough for results of 16 bits.
 template <class T>
 __device__ __forceinline__ float exponential(float x) {
-  return sizeof(T) == 2 ? __expf(x) : expf(x);
+  return sizeof(T) == 2 ? fast_exponential(x) : expf(x);
 }
 template <class T>
 __device__ __forceinline__ double exponential(double x) {
@@ -67,7 +100,7 @@ __device__ __forceinline__ double exponential(double x) {
 }
 template <class T>
 __device__ __forceinline__ float reciprocal(float x) {
-  return sizeof(T) == 2 ? __fdividef(1.0f, x) : __frcp_rn(x);
+  return sizeof(T) == 2 ? fast_reciprocal(x) : __frcp_rn(x);
 }
 template <class T>
 __device__ __forceinline__ double reciprocal(double x) {
@@ -104,6 +137,9 @@ GSPN_SHUFFLE(from_lower_lane, "up", 0)
 GSPN_SHUFFLE(from_upper_lane, "down", 0x1f)
 #undef GSPN_SHUFFLE
 
+// Whether a value is true in any lane of the warp.
+__device__ __forceinline__ bool any_lane(bool value) { return __any_sync(~0u, value); }
+
 // Hides a value from the optimiser, which would otherwise compute the addresses of whole tiles before the loop over
 // tiles, and spill them.
 __device__ __forceinline__ int opaque(int v) {
@@ -126,6 +162,20 @@ __device__ __forceinline__ V load_vector(const V* p) {
   else
     copy(__ldg(reinterpret_cast<const unsigned short*>(p)));
   return out;
+}
+
+// Copies 16 aligned bytes of global memory to shared memory asynchronously. The copies that a thread has started since
+// its last commit_copies() are a group; wait_for_copies<n>() waits for all its groups but the last n. Other threads of
+// the warp or block need a barrier after that.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 // Prefetches the memory at p into the second-level cache.
@@ -256,6 +306,20 @@ __device__ __forceinline__ void narrow(float v, Float16& out) {
   const _Float16 half = _Float16(v);
   std::memcpy(&out, &half, sizeof(half));
 }
+template <class T>
+float widen(Halves<T> v, int element) {
+  return widen(T{uint16_t(v.bits >> (16 * element))});
+}
+template <class T>
+void narrow(float first, float second, Halves<T>& out) {
+  T low, high;
+  narrow(first, low), narrow(second, high);
+  out.bits = uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
+inline bool any_lane(bool value) {
+  for (int mask = 16; mask > 0; mask /= 2) value = __shfl_xor_sync(~0u, int(value), mask) != 0 || value;
+  return value;
+}
 template <class T, class A>
 A exponential(A x) {
   return std::exp(x);
@@ -278,6 +342,12 @@ inline int opaque(int v) { return v; }
 template <class V>
 V load_vector(const V* p) {
   return *p;
+}
+inline void copy_async(void* shared, const void* global) { emulator::copy_async(shared, global, 16); }
+inline void commit_copies() { emulator::commit_copies(); }
+template <int kGroups>
+void wait_for_copies() {
+  emulator::wait_for_copies(kGroups);
 }
 inline void prefetch(const void*) {}
 inline unsigned char* shared_memory() { return emulator::dynamic_shared_memory(); }

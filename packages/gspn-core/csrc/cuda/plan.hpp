@@ -45,6 +45,9 @@ constexpr Cover kLongest = {8, 2, 1, 1};
 constexpr Cover kDouble[] = {{1, 4, 1, 1}, {2, 4, 1, 1}};
 // A block has four channels that share weights, which are then normalised once for the four.
 constexpr int kSharing = 4;
+// Weights that at least so many channels share are normalised and laid out once for all, which takes 16 bytes a
+// position of every direction.
+constexpr int kShared = 8;
 // Twelve warps leave 168 registers per thread, which the forward kernels need; backward kernels need up to 255.
 constexpr int kForwardWarps = 12, kBackwardWarps = 8;
 // Each channel side by side in a warp needs its own pointers, of which the backward kernels have most.
@@ -90,17 +93,8 @@ bool cut(const Cover& cover, int64_t length, const Limits& limits, int most_warp
   return false;
 }
 
-template <class Bytes>
-Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int most_warps, int most_segments,
-                 const Bytes& bytes) {
-  const Scan scan = make_scan(p, d);
-  Plan plan;
-  bool possible = cut(cover_of(p, scan.length, true, most_segments), scan.length, limits, most_warps, bytes, plan);
-  if (!possible && p.dtype != Dtype::kFloat64) possible = cut(kLongest, scan.length, limits, most_warps, bytes, plan);
-  if (!possible)
-    throw std::invalid_argument("gspn_core: lines of " + std::to_string(scan.length) +
-                                " positions are longer than the CUDA kernels support on this device");
-  // If there are too few scans to fill the device, a cluster of blocks per line uses more of it.
+// If there are too few scans to fill the device, a cluster of blocks per line uses more of it.
+inline void spread(const Params& p, const Scan& scan, const Limits& limits, Path path, Plan& plan) {
   const int64_t blocks = p.N * blocks_of(p, plan.cover) * chunks_of(p, scan);
   const auto may_grow = [&] {
     if (limits.major < 9 || plan.cluster * 2 > kMostCluster || plan.per_block == 1) return false;
@@ -110,18 +104,42 @@ Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int mo
     plan.cluster *= 2;
     plan.per_block = ceil_div(plan.strips, plan.cluster);
   }
-  return plan;
 }
 
-// Whether all directions can run in shared memory at once. Pays off from two directions on, each of which would
-// otherwise read x and add to y in global memory.
+// A plan with the given cover, if its shared memory suffices.
 template <class Bytes>
-bool plan_resident(const Params& p, const Limits& limits, Path path, const Bytes& bytes, Cover& cover) {
+bool plan_cover(const Params& p, int d, const Limits& limits, Path path, int most_warps, const Cover& cover,
+                const Bytes& bytes, Plan& plan) {
+  const Scan scan = make_scan(p, d);
+  if (!cut(cover, scan.length, limits, most_warps, bytes, plan)) return false;
+  spread(p, scan, limits, path, plan);
+  return true;
+}
+
+template <class Bytes>
+Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int most_warps, int most_segments,
+                 const Bytes& bytes) {
+  const int64_t length = make_scan(p, d).length;
+  Plan plan;
+  if (plan_cover(p, d, limits, path, most_warps, cover_of(p, length, true, most_segments), bytes, plan)) return plan;
+  if (p.dtype != Dtype::kFloat64 && plan_cover(p, d, limits, path, most_warps, kLongest, bytes, plan)) return plan;
+  throw std::invalid_argument("gspn_core: lines of " + std::to_string(length) +
+                              " positions are longer than the CUDA kernels support on this device");
+}
+
+// Whether all directions may run in shared memory at once. Pays off from two directions on, each of which would
+// otherwise read x and add to y in global memory.
+inline bool may_be_resident(const Params& p, Path path) {
   const int64_t length = p.H > p.W ? p.H : p.W;
   if (path == Path::kStrip || path == Path::kCluster || p.dtype == Dtype::kFloat64) return false;
-  if (length > kResidentLength || (p.D < 2 && path != Path::kResident)) return false;
+  return length <= kResidentLength && (p.D >= 2 || path == Path::kResident);
+}
+
+template <class Bytes>
+bool plan_resident(const Params& p, const Limits& limits, Path path, const Bytes& bytes, Cover& cover) {
+  if (!may_be_resident(p, path)) return false;
   for (const bool share : {true, false}) {
-    cover = cover_of(p, length, share, kForwardSegments);
+    cover = cover_of(p, p.H > p.W ? p.H : p.W, share, kForwardSegments);
     if (bytes(cover) <= limits.shared_bytes) return true;
   }
   return false;

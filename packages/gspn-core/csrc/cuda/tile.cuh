@@ -7,33 +7,10 @@
 // overlap the computation of the current one.
 #pragma once
 
-#include "device.cuh"
 #include "gspn/params.hpp"
+#include "step.cuh"
 
 namespace gspn::cuda {
-
-// How a kernel covers its lines:
-//   P     positions of a lane              K   lines of a tile
-//   CW    channel warps that share the normalised weights of a strip
-//   SEG   channels side by side in one warp, for lines much shorter than it
-template <class T_, int P_, int K_, int CW_, int SEG_>
-struct Config {
-  using T = T_;
-  using A = Accumulator<T>;
-  static constexpr int P = P_, K = K_, CW = CW_, SEG = SEG_;
-  static constexpr int kWidth = 32 * P;
-  static constexpr int kPitch = kWidth + 4;      // no bank conflicts between lanes that write a column
-  static constexpr int kElements = K * P;        // of a tile, per lane
-  static constexpr int kShare = kElements / CW;  // of a tile of weights, per lane
-  static constexpr int kSegment = kWidth / SEG;  // positions of one channel
-  static constexpr int kLanes = 32 / SEG;        // lanes of one channel
-  static_assert(kElements % CW == 0 && (CW == 1 || SEG == 1), "weights are shared by whole warps");
-};
-
-template <class A, int P>
-struct alignas(P * sizeof(A) < 16 ? P * sizeof(A) : 16) Pack {
-  A v[P];
-};
 
 // One plane of a field in scan order: line i, position j is at data + i * line + j * position. A plane spans less
 // than 2^31 elements, a tensor may hold more.
@@ -87,32 +64,6 @@ struct Window {
   int j0;         // position of column 0; a strip may begin before the line and end after it
   int length;
 };
-
-constexpr int kSaturation = -28;  // logits below are clamped: a product of three factors 1 + exp(28) fits a float
-
-// The ternary preserves NaN, fmax would not.
-template <class T, class A>
-__device__ __forceinline__ A exp_negative(A logit) {
-  return exponential<T>(-(logit < A(kSaturation) ? A(kSaturation) : logit));
-}
-
-// The stability-context condition with e_k = exp(-l_k): sigma_k / sum = prod_{m != k} (1 + e_m) / sum of such products.
-template <class T, class A>
-__device__ __forceinline__ void normalise(A la, A lb, A lc, bool has_left, bool has_right, A& a, A& c) {
-  const A ea = has_left ? A(1) + exp_negative<T>(la) : A(1), eb = A(1) + exp_negative<T>(lb);
-  const A ec = has_right ? A(1) + exp_negative<T>(lc) : A(1);
-  const A na = has_left ? eb * ec : A(0), nb = ea * ec, nc = has_right ? ea * eb : A(0);
-  const A inverse = reciprocal<T>(na + nb + nc);
-  a = na * inverse;
-  c = nc * inverse;
-}
-
-// 1 - sigma, and 0 where the logit is saturated.
-template <class T, class A>
-__device__ __forceinline__ A slope(A logit) {
-  const A e = exp_negative<T>(logit);
-  return logit < A(kSaturation) ? A(0) : e * reciprocal<T>(A(1) + e);
-}
 
 // The planes of a warp's channels; a single one if it has one channel.
 template <class C, class T>
@@ -296,51 +247,13 @@ __device__ __forceinline__ void get_row(const typename C::A* tile, int m, typena
   for (int q = 0; q < C::P; ++q) out[q] = row.v[q];
 }
 
-// Of row-stochastic weights; a weight of zero stands for a neighbour that does not exist.
-template <class A>
-__device__ __forceinline__ A weighted_sum(A a, A c, A left, A own, A right) {
-  const A b = (A(1) - a) - c;  // may be rounded to 0 or below
-  A sum = (b > A(0) ? b : b == b ? A(1e-30) : b) * own;
-  if (a != A(0)) sum += a * left;
-  if (c != A(0)) sum += c * right;
-  return sum;
-}
-
-// A lane's part of a line: its weights, of which b is of weights that are not row-stochastic, and the gated input.
 template <class C>
-struct LineOf {
-  typename C::A a[C::P], b[C::P], c[C::P], f[C::P];
-};
-
-// h'[j] = sum_k w_k[j] h[j+k] + f[j] on the lane's positions. Row-stochastic weights use the difference form,
-// h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Beside an
-// infinity it gives NaN, since inf - inf is NaN: there the weighted sum decides.
-template <class C>
-__device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C>& line, bool stochastic,
-                                        bool starts_chunk) {
-  using A = typename C::A;
-  constexpr int P = C::P;
-  const A from_left = from_lower_lane<C::kLanes>(h[P - 1]), from_right = from_upper_lane<C::kLanes>(h[0]);
-  A next[P];
-  const auto left = [&](int q) { return q > 0 ? h[q > 0 ? q - 1 : 0] : from_left; };
-  const auto right = [&](int q) { return q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right; };
-  if (stochastic) {
-    A probe = h[0];  // a sum, which is not finite if a state is not
+__device__ __forceinline__ void put_row(typename C::A* tile, int m, const typename C::A (&h)[C::P]) {
+  const int lane = threadIdx.x & 31;
+  Pack<typename C::A, C::P> pack;
 #pragma unroll
-    for (int q = 1; q < P; ++q) probe += h[q];
-    const bool finite = probe - probe == A(0);
-#pragma unroll
-    for (int q = 0; q < P; ++q) {
-      next[q] = (h[q] + line.f[q]) + line.a[q] * (left(q) - h[q]) + line.c[q] * (right(q) - h[q]);
-      if (!finite && next[q] != next[q])
-        next[q] = weighted_sum(line.a[q], line.c[q], left(q), h[q], right(q)) + line.f[q];
-    }
-  } else {
-#pragma unroll
-    for (int q = 0; q < P; ++q) next[q] = line.a[q] * left(q) + line.b[q] * h[q] + line.c[q] * right(q) + line.f[q];
-  }
-#pragma unroll
-  for (int q = 0; q < P; ++q) h[q] = starts_chunk ? line.f[q] : next[q];
+  for (int q = 0; q < C::P; ++q) pack.v[q] = h[q];
+  *reinterpret_cast<Pack<typename C::A, C::P>*>(tile + m * C::kPitch + lane * C::P) = pack;
 }
 
 // The same on line m of tiles in shared memory.
@@ -353,15 +266,6 @@ __device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<
   get_row<C>(input, m, line.f);
   if (weights.b != nullptr) get_row<C>(weights.b, m, line.b);
   advance<C>(h, line, weights.b == nullptr, starts_chunk);
-}
-
-template <class C>
-__device__ __forceinline__ void put_row(typename C::A* tile, int m, const typename C::A (&h)[C::P]) {
-  const int lane = threadIdx.x & 31;
-  Pack<typename C::A, C::P> pack;
-#pragma unroll
-  for (int q = 0; q < C::P; ++q) pack.v[q] = h[q];
-  *reinterpret_cast<Pack<typename C::A, C::P>*>(tile + m * C::kPitch + lane * C::P) = pack;
 }
 
 __device__ __forceinline__ bool starts_chunk(const Params& p, int i) {

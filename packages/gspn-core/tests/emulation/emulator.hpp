@@ -171,6 +171,12 @@ struct Stack {
 struct Warp;
 struct Block;
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, group;
+};
+
 struct Thread {
 #ifdef GSPN_EMULATOR_UCONTEXT
   ucontext_t context;
@@ -185,7 +191,9 @@ struct Thread {
   int number = 0, lane = 0;
   Warp* warp = nullptr;
   Block* block = nullptr;
-  uint64_t received = 0;  // by the last shuffle
+  uint64_t received = 0;     // by the last shuffle
+  std::vector<Copy> copies;  // asynchronous, under way
+  size_t groups = 0;         // of copies, that have been committed
   Primitive waits_at = Primitive::kNone;
   Site site;
 };
@@ -538,6 +546,7 @@ __attribute__((no_sanitize("thread"))) inline void thread_main() noexcept {
   Block& block = *s.current->block;
   acquire(&s.start_fence);
   s.launch.body(s.launch.closure);
+  if (!s.current->copies.empty()) stop("a thread returned while its copies were under way", Site{});
   release(&block.exit_fence);
   Thread* next;
   bool last;
@@ -760,6 +769,29 @@ inline void* cluster_map(void* p, int rank, detail::Site site = detail::Site::he
     detail::stop("cluster_map of an address outside shared memory", site);
   if (!detail::state().cluster->blocks[rank].started) detail::stop("cluster_map to a block that has not started", site);
   return detail::state().cluster->blocks[rank].shared.get() + offset;
+}
+
+// Asynchronous copies from global to shared memory. The data appears at the wait of the thread that copies; until then
+// the destination is undefined, whatever it held before.
+inline void copy_async(void* shared, const void* global, size_t bytes, detail::Site site = detail::Site::here()) {
+  const size_t offset = static_cast<unsigned char*>(shared) - dynamic_shared_memory();
+  if (offset + bytes > detail::state().launch.shared_bytes) detail::stop("copy_async beyond shared memory", site);
+  for (const void* p : {const_cast<const void*>(shared), global})
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) detail::stop("copy_async of an address that is not aligned", site);
+  std::memset(shared, detail::kPoison, bytes);
+  detail::Thread& me = detail::current();
+  me.copies.push_back({shared, global, bytes, me.groups});
+}
+
+inline void commit_copies() { ++detail::current().groups; }
+
+// Waits for all groups of copies of the thread but the last `groups`, committed ones.
+inline void wait_for_copies(size_t groups) {
+  detail::Thread& me = detail::current();
+  const auto waits = [&](const detail::Copy& copy) { return copy.group + groups < me.groups; };
+  for (const detail::Copy& copy : me.copies)
+    if (waits(copy)) std::memcpy(copy.to, copy.from, copy.bytes);
+  me.copies.erase(std::remove_if(me.copies.begin(), me.copies.end(), waits), me.copies.end());
 }
 
 inline void cluster_sync(detail::Site site = detail::Site::here()) {

@@ -52,7 +52,7 @@ class Mutant:
 
 UNCHANGED = "constexpr int kSaturation"
 MUTANTS = (
-    *(Mutant(f"nothing: passes {kind}", kind, "tile.cuh", UNCHANGED, UNCHANGED) for kind in ("values", "thread")),
+    *(Mutant(f"nothing: passes {kind}", kind, "step.cuh", UNCHANGED, UNCHANGED) for kind in ("values", "thread")),
     Mutant(
         "left border weighs",
         "values",
@@ -60,17 +60,103 @@ MUTANTS = (
         "widen(raw[2].v[e]), j > 0, j + 1",
         "widen(raw[2].v[e]), true, j + 1",
     ),
-    Mutant("chunks run on", "values", "tile.cuh", "h[q] = starts_chunk ? line.f[q] : next[q];", "h[q] = next[q];"),
+    Mutant("chunks run on", "values", "step.cuh", "if (starts_chunk)\n", "if (false)\n"),
     Mutant(
-        "wrong difference", "values", "tile.cuh", "line.c[q] * (right(q) - h[q]);", "line.c[q] * (right(q) - left(q));"
+        "wrong difference", "values", "step.cuh", "line.c[q] * (right(q) - h[q]);", "line.c[q] * (right(q) - left(q));"
     ),
     Mutant("vectors: left border", "values", "columns.cuh", "q > 0 || from.left", "q > 1 || from.left"),
-    Mutant("vectors: half a tile too late", "values", "columns.cuh", "first + kRows, owns", "first, owns"),
     Mutant(
-        "vectors: sums of a neighbour", "values", "columns.cuh", "if (owns) rows[half]", "if (columns.in) rows[half]"
+        "vectors: half a tile too late",
+        "values",
+        "columns.cuh",
+        "rows[1 - half].load(columns, first + kRows)",
+        "rows[1 - half].load(columns, first)",
+    ),
+    Mutant(
+        "vectors: sums of a neighbour",
+        "values",
+        "columns.cuh",
+        "if (owns) output.store",
+        "if (columns.in) output.store",
     ),
     Mutant("vectors: one buffer for all", "thread", "columns.cuh", "parity ^= 1, h", "parity, h"),
-    Mutant("logits do not saturate", "values", "tile.cuh", "logit < A(kSaturation) ? A(kSaturation) : logit", "logit"),
+    Mutant("copies: no wait", "values", "rows.cuh", "wait_for_copies<1>();", ""),
+    Mutant("copies: one group too few", "values", "rows.cuh", "wait_for_copies<1>();", "wait_for_copies<2>();"),
+    Mutant(
+        "copies: no barrier after the wait",
+        "thread",
+        "rows.cuh",
+        "wait_for_copies<1>();\n    __syncwarp();",
+        "wait_for_copies<1>();",
+    ),
+    Mutant(
+        "copies: to a stage in use",
+        "thread",
+        "rows.cuh",
+        "    __syncwarp();  // the stage is free for new copies\n",
+        "",
+    ),
+    Mutant("copies: both stages in one place", "values", "rows.cuh", "(slot ^ 1) * stage_bytes", "slot * stage_bytes"),
+    Mutant(
+        "copies: not committed",
+        "values",
+        "rows.cuh",
+        "next * Stage::kLines, p);\n    commit_copies();",
+        "next * Stage::kLines, p);",
+    ),
+    Mutant(
+        "rows: stored before they are there",
+        "thread",
+        "rows.cuh",
+        "    __syncwarp();\n    strip.template store",
+        "    strip.template store",
+    ),
+    Mutant("rows: read beyond the image", "address", "rows.cuh", "exists && j >= 0", "j >= 0"),
+    Mutant(
+        "fused: copies to a stage in use",
+        "thread",
+        "fused.cuh",
+        "    __syncwarp();  // the stage is free for new copies; other lanes have the pixels in a vertical scan\n",
+        "",
+    ),
+    Mutant(
+        "fused: no barrier after the wait",
+        "thread",
+        "fused.cuh",
+        "wait_for_copies<0>();\n    __syncwarp();",
+        "wait_for_copies<0>();",
+    ),
+    Mutant(
+        "fused: infinities are not seen",
+        "values",
+        "step.cuh",
+        "if (!any_lane(in && !(probe - probe == A(0)))) {",
+        "if (true) {",
+    ),
+    Mutant(
+        "fused: states saved late",
+        "values",
+        "fused.cuh",
+        "due = count > 0 ? i + interval : -1;\n    }",
+        "due = count > 0 ? i + interval + 4 : -1;\n    }",
+    ),
+    Mutant(
+        "shared: images before they are there",
+        "thread",
+        "shared.cuh",
+        "warp_sums[at] = A(0); });\n  __syncthreads();",
+        "warp_sums[at] = A(0); });",
+    ),
+    Mutant(
+        "shared: no meeting in the middle",
+        "thread",
+        "shared.cuh",
+        "      __syncthreads();\n    }\n  }\n  warp.template",
+        "    }\n  }\n  warp.template",
+    ),
+    Mutant("shared: no slack behind the images", "address", "shared.cuh", " + slack(p);", ";"),
+    Mutant("shared: weights of a neighbour's set", "values", "shared.cuh", "channel / l.share)", "first / l.share)"),
+    Mutant("logits do not saturate", "values", "step.cuh", "logit < A(kSaturation) ? A(kSaturation) : logit", "logit"),
     Mutant("sums start anew", "values", "forward.cuh", "if (!first) value += before.v[e];", ""),
     Mutant(
         "halo one short", "values", "tile.cuh", "? index * kUseful - C::K : 0", "? index * (kUseful + 1) - C::K : 0"
@@ -105,14 +191,14 @@ MUTANTS = (
     Mutant(
         "infinities become NaN",
         "values",
-        "tile.cuh",
-        "const bool finite = probe - probe == A(0);",
-        "const bool finite = true;",
+        "step.cuh",
+        "const bool careful = starts_chunk || !(probe - probe == A(0));",
+        "const bool careful = starts_chunk;",
     ),
     Mutant(
         "ends of a line take a state of their lane",
         "values",
-        "tile.cuh",
+        "step.cuh",
         "from_lower_lane<C::kLanes>(h[P - 1])",
         "__shfl_up_sync(~0u, h[P - 1], 1, C::kLanes)",
     ),

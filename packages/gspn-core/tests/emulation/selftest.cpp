@@ -199,6 +199,48 @@ void shared_uninitialised() {
   std::puts(std::isnan(value) ? "nan" : "a number");
 }
 
+// A lane copies four floats to shared memory, and all read what the others have copied.
+template <bool kWait, bool kBarrier>
+void copying(const float* in, float* out) {
+  float* s = shared_floats();
+  const int t = threadIdx.x;
+  emulator::copy_async(s + 4 * t, in + 4 * t, 16);
+  emulator::commit_copies();
+  if (t == 0) emulator::copy_async(s + 128, in, 16);  // of the next group
+  emulator::commit_copies();
+  if (kWait) emulator::wait_for_copies(1);
+  if (kBarrier) __syncwarp();
+  out[t] = s[4 * (31 - t)];
+  if (t == 0) out[32] = s[128];  // still under way
+  __syncwarp();
+  emulator::wait_for_copies(0);
+  if (t == 0) out[33] = s[128];
+}
+
+template <bool kWait, bool kBarrier>
+void copies() {
+  alignas(16) float in[128];
+  float out[34];
+  for (int i = 0; i < 128; ++i) in[i] = float(i);
+  bool right = true, undefined = true;
+  for_schedules([&] {
+    emulator::launch(1, 32, 132 * sizeof(float), 1, [&] { copying<kWait, kBarrier>(in, out); });
+    for (int t = 0; t < 32; ++t)
+      right = right && out[t] == in[4 * (31 - t)], undefined = undefined && std::isnan(out[t]);
+    right = right && std::isnan(out[32]) && out[33] == in[0];
+  });
+  std::puts(right ? "right" : undefined ? "nan" : "wrong");
+}
+
+void bad_copies() {
+  alignas(16) static float in[8];
+  const auto copy = [](int to, int from) { return [=] { emulator::copy_async(shared_floats() + to, in + from, 16); }; };
+  try_launch(1, 1, 16, 1, copy(0, 0));
+  try_launch(1, 1, 16, 1, copy(1, 0));
+  try_launch(1, 1, 32, 1, copy(1, 0));
+  try_launch(1, 1, 16, 1, copy(0, 2));
+}
+
 void race_between_blocks() {
   float value = 0;
   emulator::launch(2, 32, 0, 1, [&] {
@@ -323,6 +365,10 @@ int main(int, char** argv) {
       {"missing_syncwarp", missing_syncwarp},
       {"shared_out_of_bounds", shared_out_of_bounds},
       {"shared_uninitialised", shared_uninitialised},
+      {"copies", copies<true, true>},
+      {"copies_without_wait", copies<false, true>},
+      {"copies_without_barrier", copies<true, false>},
+      {"bad_copies", bad_copies},
       {"race_between_blocks", race_between_blocks},
       {"launches_in_order", launches_in_order},
       {"divergent_shuffle", divergent_shuffle},
