@@ -301,6 +301,14 @@ def cuda(session: nox.Session) -> None:
         session.run("cmake", "--build", str(CUDA_BUILD), "--target", "_C", stdout=file, stderr=file)
     session.run("python", "tools/check_spills.py", str(log))
     if architectures == "90":
+        # How the kernels use sectors and banks, by their own addresses.
+        core, program = ROOT / "packages" / "gspn-core", CUDA_BUILD / "traffic"
+        folders = [core / "csrc", core / "csrc" / "cuda", core / "csrc" / "include", core / "tests" / "emulation"]
+        includes = [f"-I{folder}" for folder in folders]
+        source = str(core / "tests" / "emulation" / "traffic.cpp")
+        session.run("g++", "-std=c++17", "-O1", *includes, "-o", str(program), source, external=True)
+        with program.with_suffix(".json").open("w") as file:
+            session.run(str(program), stdout=file, external=True)
         nvdisasm = next(Path(session.virtualenv.location).rglob("nvdisasm"))
         session.run("python", "tools/cuda_budget.py", str(CUDA_BUILD), "--nvdisasm", str(nvdisasm))
 

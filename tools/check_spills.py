@@ -16,8 +16,9 @@ from pathlib import Path
 
 # Bytes of spill stores of one kernel. Most have none. Those that do spill a few addresses, which cost one access in a
 # hundred instructions; hundreds of bytes would mean that a tile itself does not fit the registers. With nvcc 13.0 the
-# most is 160 bytes on sm_90, in resident_forward<BFloat16, 4, 4, 1, 1>.
-ALLOWED_BYTES = 160
+# most is 164 bytes on sm_90, in resident_forward<float, 4, 4, 1, 1>; twice that in float64, whose elements take two
+# registers each.
+ALLOWED_BYTES, ALLOWED_OF_DOUBLE = 170, 340
 
 REPORT = re.compile(
     r"Function properties for (?P<kernel>\S+)\s*\n"
@@ -71,10 +72,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for usage in usages:
         print(f"{usage.registers:4d} registers {usage.stores:5d} bytes spilled {usage.loads:5d} loaded  {usage.kernel}")
-    too_much = [usage for usage in usages if usage.stores > ALLOWED_BYTES]
-    for usage in too_much:
-        print(f"spills {usage.stores} bytes, allowed are {ALLOWED_BYTES}: {usage.kernel}", file=sys.stderr)
-    return 1 if too_much else 0
+    status = 0
+    for usage in usages:
+        allowed = ALLOWED_OF_DOUBLE if "double" in usage.kernel else ALLOWED_BYTES
+        if usage.stores > allowed:
+            print(f"spills {usage.stores} bytes, allowed are {allowed}: {usage.kernel}", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

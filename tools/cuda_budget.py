@@ -3,8 +3,9 @@
     python tools/cuda_budget.py BUILD_FOLDER --nvdisasm NVDISASM
 
 reads the objects and the log of a build with `-Xptxas -v` and `--no-compress`, finds each kernel's loop over tiles, and
-counts what a warp executes for a full tile, per 32 elements of an image and direction. It prints a table, writes it to
-BUILD_FOLDER/budget.json, and fails where a kernel is above its limit.
+counts what a warp executes for a full tile, per 32 elements of an image and direction. BUILD_FOLDER/traffic.json, which
+packages/gspn-core/tests/emulation/traffic.cpp prints, adds how kernels use sectors and banks. It prints a table, writes
+it to BUILD_FOLDER/budget.json, and fails where a kernel is above its limit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ class Case:
             scans from right to left.
         lanes: share of the lanes that have a position of the line.
         instructions, local, loop_bytes: limits, per 32 elements or in all.
+        sectors, wavefronts: limits of the ratios in traffic.json; None where the accesses are not recorded.
     """
 
     case: str
@@ -41,23 +44,55 @@ class Case:
     local: int
     loop_bytes: int
     lanes: float = 1.0
+    sectors: float | None = None
+    wavefronts: float | None = None
 
 
+LONG = (4, 4, 1, 1)
 # The limits are what the kernels take with nvcc 13.0 for sm_90, and a twentieth more.
 CASES = (
-    Case("A down", ("column_forward", "float", (4, 4, 1, 1), (False,)), 26, 0, 28_300),
-    Case("A right", ("row_forward", "float", (4, 4, 1, 1), (False, False)), 36, 0, 41_500),
-    Case("A left", ("row_forward", "float", (4, 4, 1, 1), (False, True)), 36, 0, 41_500),
-    Case("A right, any strides", ("strip_forward", "float", (4, 4, 1, 1), (True,)), 288, 4, 71_300),
-    Case("A right from logits", ("row_forward", "float", (4, 4, 1, 1), (True, False)), 101, 0, 70_300),
-    Case("A from logits", ("column_forward", "float", (4, 4, 1, 1), (True,)), 88, 0, 52_400),
-    Case("propagate bf16 strip", ("column_forward", "bf16", (4, 4, 1, 1), (True,)), 69, 0, 45_000),
-    Case("propagate bf16 strip right", ("row_forward", "bf16", (4, 4, 1, 1), (True, False)), 78, 0, 81_000),
-    Case("B", ("shared_forward", "bf16", (5, 1, 1, 2), ()), 24, 0, 30_000, lanes=74 / 80),
-    Case("B, gates of every channel", ("resident_forward", "bf16", (4, 4, 4, 1), ()), 218, 0, 32_300, lanes=74 / 128),
-    Case("C", ("fused_forward", "bf16", (4, 4, 1, 8), ()), 45, 0, 68_000),
-    Case("A backward", ("strip_backward", "float", (4, 4, 1, 1), (False,)), 648, 0, 168_000),
-    Case("A backward right", ("strip_backward", "float", (4, 4, 1, 1), (True,)), 658, 0, 172_000),
+    Case("A down", ("column_forward", "float", LONG, (False,)), 26, 0, 28_300, sectors=1.1),
+    Case("A right", ("row_forward", "float", LONG, (False, False)), 36, 0, 41_500, sectors=1.1, wavefronts=1),
+    Case("A left", ("row_forward", "float", LONG, (False, True)), 36, 0, 41_500, sectors=1.1, wavefronts=1),
+    Case("A right, any strides", ("strip_forward", "float", LONG, (True,)), 288, 4, 71_300),
+    Case("A from logits", ("column_forward", "float", LONG, (True,)), 91, 0, 52_400, sectors=1.1),
+    Case(
+        "A right from logits", ("row_forward", "float", LONG, (True, False)), 101, 0, 70_300, sectors=1.1, wavefronts=1
+    ),
+    Case("propagate bf16 strip", ("column_forward", "bf16", LONG, (True,)), 69, 0, 45_000, sectors=1.1),
+    Case(
+        "propagate bf16 strip right",
+        ("row_forward", "bf16", LONG, (True, False)),
+        80,
+        0,
+        81_000,
+        sectors=1.1,
+        wavefronts=1,
+    ),
+    # Sectors without what the first-level cache saves: the three warps of a direction read the same weights.
+    Case("B", ("shared_forward", "bf16", (5, 1, 1, 2), ()), 24, 0, 30_000, 74 / 80, sectors=3.3, wavefronts=1.35),
+    Case("B, gates of every channel", ("resident_forward", "bf16", (4, 4, 4, 1), ()), 218, 0, 32_300, 74 / 128),
+    # x is read for every direction.
+    Case("C", ("fused_forward", "bf16", (4, 4, 1, 8), ()), 46, 0, 68_000, sectors=1.15, wavefronts=1),
+    Case("C, weights of two channels", ("resident_forward", "bf16", (1, 8, 1, 2), ()), 277, 150, 34_100),
+    Case("A backward", ("column_backward", "float", LONG, (False,)), 92, 0, 18_000, sectors=1.1, wavefronts=1),
+    Case("A backward right", ("row_backward", "float", LONG, (False, False)), 90, 0, 60_000, sectors=1.1, wavefronts=1),
+    Case("A backward from logits", ("column_backward", "float", LONG, (True,)), 200, 0, 53_000),
+    Case("A backward right from logits", ("row_backward", "float", LONG, (True, False)), 190, 0, 112_000),
+    # Strips begin within a sector.
+    Case("bf16 backward", ("column_backward", "bf16", LONG, (True,)), 150, 0, 36_000, sectors=1.2, wavefronts=1),
+    # Half units are read and written.
+    Case(
+        "bf16 backward right",
+        ("row_backward", "bf16", LONG, (True, False)),
+        135,
+        0,
+        78_000,
+        sectors=1.1,
+        wavefronts=1.6,
+    ),
+    Case("A backward, any strides", ("strip_backward", "float", LONG, (False,)), 660, 0, 168_000),
+    Case("A backward right, any strides", ("strip_backward", "float", LONG, (True,)), 670, 0, 172_000),
 )
 TYPES = {"float": ("float32", "f"), "bf16": ("bfloat16", "NS0_8BFloat16E")}
 
@@ -75,6 +110,8 @@ class Row:
     registers: int
     spills: int
     loop_bytes: int
+    l2_ratio: float | None
+    wavefront_ratio: float | None
 
 
 def pattern_of(case: Case) -> str:
@@ -121,13 +158,15 @@ def costs(case: Case, graph: Graph) -> tuple[list[Counter[str]], float]:
     if function == "row_forward":  # a stage of 32 bytes of each row, in groups of four lines
         lines = {"float": 8, "bf16": 16}[kind]
         inner = lines // 4
+    if function == "row_backward":  # sixteen columns, in groups of four
+        lines, inner = 16, 4
     turns = [cost_of_turn(graph, loop, loops, Work(trips=inner)) for loop in tiles]
     share = positions * lines * case.lanes * (1 if "backward" in function else len(turns))
     return turns, sum(turn["instructions"] for turn in turns) / share
 
 
-def measure(case: Case, kernel: Kernel, usage: check_spills.Usage) -> Row:
-    """Count what a case's kernel executes per 32 elements and direction."""
+def measure(case: Case, kernel: Kernel, usage: check_spills.Usage, traffic: Mapping[str, float]) -> Row:
+    """Count what a case's kernel executes per 32 elements and direction; add its ratios in traffic.json."""
     graph = graph_of(kernel)
     turns, instructions = costs(case, graph)
     total = sum(turns, Counter())
@@ -141,6 +180,8 @@ def measure(case: Case, kernel: Kernel, usage: check_spills.Usage) -> Row:
         usage.registers,
         usage.stores,
         max(code_bytes(graph, loop) for loop in tile_loops(graph, loops_of(graph))),
+        traffic.get("l2_ratio"),
+        traffic.get("wavefront_ratio"),
     )
 
 
@@ -150,16 +191,25 @@ def judge(case: Case, row: Row) -> list[str]:
         "instructions per 32 elements": (row.instructions_per_32, case.instructions),
         "accesses to local memory in a tile": (row.local_accesses, case.local),
         "bytes of code in a loop": (row.loop_bytes, case.loop_bytes),
+        "sectors per distinct sector": (row.l2_ratio, case.sectors),
+        "wavefronts per wavefront needed": (row.wavefront_ratio, case.wavefronts),
     }
     return [
-        f"{case.case}: {value} {name}, allowed are {limit}" for name, (value, limit) in figures.items() if value > limit
+        f"{case.case}: {value} {name}, allowed are {limit}"
+        for name, (value, limit) in figures.items()
+        if limit is not None and (value is None or value > limit)
     ]
 
 
 def show(rows: list[Row]) -> str:
     """Lay rows out as a table."""
     columns = ("case", "instructions", "ALU", "local", "bytes a load", "registers", "spills", "loop bytes")
-    lines = [columns] + [tuple(str(value) for name, value in asdict(row).items() if name != "kernel") for row in rows]
+    columns += ("sectors", "wavefronts")
+    lines = [columns]
+    for row in rows:
+        lines.append(
+            tuple("-" if value is None else str(value) for name, value in asdict(row).items() if name != "kernel")
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -177,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nvdisasm", default="nvdisasm", help="the disassembler")
     options = parser.parse_args(argv)
     log = next(options.build.glob("build.log"), None)
+    file = options.build / "traffic.json"
+    traffic = {entry["case"]: entry for entry in json.loads(file.read_text())} if file.exists() else {}
     reports = {usage.kernel: usage for usage in check_spills.read(log.read_text())} if log else {}
     kernels: dict[str, Kernel] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         if name is None or name not in reports:
             faults.append(f"{case.case}: no kernel {case.kernel} in {options.build}")
             continue
-        rows.append(measure(case, kernels[name], reports[name]))
+        rows.append(measure(case, kernels[name], reports[name], traffic.get(case.case, {})))
         faults += judge(case, rows[-1])
     (options.build / "budget.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print(show(rows))

@@ -57,7 +57,7 @@ def listing(code=LOOP, name=NAME):
 def measured(code=LOOP):
     (kernel,) = cuda_sass.parse(listing(code)).values()
     case = cuda_budget.Case("test", ("strip_forward", "float", (2, 2, 1, 1), (False,)), 20, 0, 400)
-    return case, cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(NAME, 40, 0, 0))
+    return case, cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(NAME, 40, 0, 0), {})
 
 
 def test_a_full_tile_is_counted():
@@ -128,7 +128,7 @@ def test_states_are_finite_in_a_fused_kernel():
     name = NAME.replace("13strip", "13fused").replace("Lb0E", "")
     (kernel,) = cuda_sass.parse(listing(FUSED, name)).values()
     case = cuda_budget.Case("test", ("fused_forward", "float", (2, 2, 1, 1), ()), 20, 0, 400, lanes=0.5)
-    row = cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(name, 40, 0, 0))
+    row = cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(name, 40, 0, 0), {})
     assert row.instructions_per_32 == 9 / 0.5
 
 

@@ -43,8 +43,8 @@ struct Column {
     else
       return *row;  // the kernel writes there too, which the cache of load_vector need not see
   }
-  __device__ __forceinline__ void store(int i, const Pack<T, P>& values) const {
-    *reinterpret_cast<Pack<T, P>*>(first + i * line) = values;
+  __device__ __forceinline__ void store(int i, const Pack<T, P>& values, int64_t plane = 0) const {
+    store_vector(reinterpret_cast<Pack<T, P>*>(first + (plane + i * line)), values);
   }
 };
 
@@ -86,6 +86,7 @@ struct Columns {
     if (l.sums != nullptr) f = Field{l.sums, p.C, p.C * p.H * p.W, 0, p.H * p.W, 0, p.W, 1};
     sums = column<C::P>(scan_plane<A>(f, scan, job.n, 0, c), j);
   }
+  __device__ __forceinline__ bool has_lam() const { return gated; }
   __device__ __forceinline__ Pack<T, C::P> load_weight(int k, int i) const { return weights.load(i, k * weight); }
   __device__ __forceinline__ Pack<T, C::P> load_x(int i) const { return x.load(i); }
   __device__ __forceinline__ Pack<T, C::P> load_lam(int i) const { return lam.load(i); }
@@ -104,15 +105,17 @@ struct Rows {
     for (int r = 0; r < kRows; ++r) lam[r] = Vector<T, C::P>::of(A(1));  // if there is no gate
   }
 
-  __device__ __forceinline__ void load(const Columns<C>& from, int i0) {
+  // Rows from i0 on, those before `end`.
+  template <class Source>
+  __device__ __forceinline__ void load(const Source& from, int i0, int end) {
     if (!from.in) return;
-    if (i0 + kRows <= from.end) {
+    if (i0 + kRows <= end) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) load_row(from, r, i0 + r);
     } else {
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        if (i0 + r < from.end) load_row(from, r, i0 + r);
+        if (i0 + r < end) load_row(from, r, i0 + r);
     }
   }
   template <class Source>
@@ -120,7 +123,7 @@ struct Rows {
 #pragma unroll
     for (int k = 0; k < 3; ++k) weights[k][r] = from.load_weight(k, i);
     x[r] = from.load_x(i);
-    if (from.gated) lam[r] = from.load_lam(i);
+    if (from.has_lam()) lam[r] = from.load_lam(i);
   }
 
   // The weights of a line and its gated input. What lanes outside the line compute never leaves them.
@@ -148,12 +151,13 @@ struct OutputRows {
 
   // Only what this strip writes: a neighbouring strip may be writing the rest.
   __device__ __forceinline__ void load(const Columns<C>& from, int i0, bool owns) {
-    if (!kStochastic || !owns) return;
+    if constexpr (kStochastic) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (i0 + r >= from.end) break;
-      if (from.scaled) u[r] = from.u.load(i0 + r);
-      if (!from.first) before[r] = from.sums.load(i0 + r);
+      for (int r = 0; r < kRows; ++r) {
+        if (!owns || i0 + r >= from.end) break;
+        if (from.scaled) u[r] = from.u.load(i0 + r);
+        if (!from.first) before[r] = from.sums.load(i0 + r);
+      }
     }
   }
   // Adds u h to the sum.
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
 
   A h[C::P] = {};
   Rows<C> rows[2];
-  rows[0].load(columns, job.begin);
+  rows[0].load(columns, job.begin, job.end);
   if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
   int parity = 0, due = checkpoints.after(job.begin - 1);
 #pragma unroll 1
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
       const int first = i0 + half * kRows;
       OutputRows<C, kStochastic> output;
       output.load(columns, first, owns);
-      rows[1 - half].load(columns, first + kRows);
+      rows[1 - half].load(columns, first + kRows, job.end);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int i = first + r;

@@ -164,6 +164,34 @@ __device__ __forceinline__ V load_vector(const V* p) {
   return out;
 }
 
+// Writes 2 to 16 aligned bytes of global memory in one store.
+template <class V>
+__device__ __forceinline__ void store_vector(V* p, V value) {
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one store");
+  const auto as = [&](auto raw) {
+    memcpy(&raw, &value, sizeof(V));
+    return raw;
+  };
+  if constexpr (sizeof(V) == 16)
+    __stwb(reinterpret_cast<uint4*>(p), as(uint4()));
+  else if constexpr (sizeof(V) == 8)
+    __stwb(reinterpret_cast<uint2*>(p), as(uint2()));
+  else if constexpr (sizeof(V) == 4)
+    __stwb(reinterpret_cast<unsigned*>(p), as(0u));
+  else
+    __stwb(reinterpret_cast<unsigned short*>(p), as((unsigned short)0));
+}
+
+// Vectors, and elements that a lane has of its own, in shared memory: the emulation counts how banks are used there.
+template <class V>
+__device__ __forceinline__ V load_shared(const V* p) {
+  return *p;
+}
+template <class V>
+__device__ __forceinline__ void store_shared(V* p, const V& value) {
+  *p = value;
+}
+
 // Copies 16 aligned bytes of global memory to shared memory asynchronously. The copies that a thread has started since
 // its last commit_copies() are a group; wait_for_copies<n>() waits for all its groups but the last n. Other threads of
 // the warp or block need a barrier after that.
@@ -340,10 +368,30 @@ A from_upper_lane(A v) {
 }
 inline int opaque(int v) { return v; }
 template <class V>
-V load_vector(const V* p) {
+__forceinline__ V load_vector(const V* p) {
+  emulator::note(emulator::Memory::kGlobalLoad, p, sizeof(V));
   return *p;
 }
-inline void copy_async(void* shared, const void* global) { emulator::copy_async(shared, global, 16); }
+template <class V>
+__forceinline__ void store_vector(V* p, const V& value) {
+  emulator::note(emulator::Memory::kGlobalStore, p, sizeof(V));
+  *p = value;
+}
+template <class V>
+__forceinline__ V load_shared(const V* p) {
+  emulator::note(emulator::Memory::kShared, p, sizeof(V));
+  return *p;
+}
+template <class V>
+__forceinline__ void store_shared(V* p, const V& value) {
+  emulator::note(emulator::Memory::kShared, p, sizeof(V));
+  *p = value;
+}
+__forceinline__ void copy_async(void* shared, const void* global) {
+  emulator::note(emulator::Memory::kGlobalLoad, global, 16);
+  emulator::note(emulator::Memory::kShared, shared, 16);
+  emulator::copy_async(shared, global, 16);
+}
 inline void commit_copies() { emulator::commit_copies(); }
 template <int kGroups>
 void wait_for_copies() {

@@ -81,10 +81,10 @@ struct FusedWarp {
   // Adds u h on four pixels of a row; the first direction finds nothing there.
   __device__ __forceinline__ static void add(Pack<A, 4>& sum, const A (&h)[4], const Vector<T, 4>& u, bool is_first) {
     Pack<A, 4> values = {};
-    if (!is_first) values = sum;
+    if (!is_first) values = load_shared(&sum);
 #pragma unroll
     for (int m = 0; m < 4; ++m) values.v[m] += u[m] * h[m];
-    sum = values;
+    store_shared(&sum, values);
   }
 };
 
@@ -111,7 +111,7 @@ struct Marks {
       Pack<A, 4> state;
 #pragma unroll
       for (int q = 0; q < 4; ++q) state.v[q] = i == start ? A(0) : h[q];
-      *reinterpret_cast<Pack<A, 4>*>(states) = state;
+      store_vector(reinterpret_cast<Pack<A, 4>*>(states), state);
       states += length, --count;
       due = count > 0 ? i + interval : -1;
     }
@@ -154,6 +154,7 @@ struct FusedColumns {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) rows.load_row(*this, r, i0 + r);
   }
+  __device__ __forceinline__ bool has_lam() const { return gated; }
   __device__ __forceinline__ Pack<T, C::P> load_weight(int k, int i) const { return load(weight[k], i); }
   __device__ __forceinline__ Pack<T, C::P> load_x(int i) const { return load(x, i); }
   __device__ __forceinline__ Pack<T, C::P> load_lam(int i) const { return load(lam, i); }
@@ -257,8 +258,7 @@ struct FusedUnit {
 #pragma unroll
       for (int q = 0; q < C::P; ++q) {
         const unsigned char* const at = lane + input * RowStage<C>::kInput + RowStage<C>::offset(q, 0);
-        inputs[input][q] =
-            exists ? Vector<T, kUnit>(*reinterpret_cast<const Pack<T, kUnit>*>(at)) : Vector<T, kUnit>::of(A(1));
+        inputs[input][q] = exists ? Vector<T, kUnit>::at(at) : Vector<T, kUnit>::of(A(1));
       }
     }
   }
@@ -344,7 +344,8 @@ __global__ void __launch_bounds__(32)
   T* const y = static_cast<T*>(p.y.data) + warp.plane(p.y, warp.channel, 0) + warp.place;
 #pragma unroll 4
   for (int row = 0; row < int(p.H); ++row)
-    *reinterpret_cast<Pack<T, 4>*>(y + row * int(p.W)) = narrowed<T>(warp.sum(row, warp.place / 4));
+    store_vector(reinterpret_cast<Pack<T, 4>*>(y + row * int(p.W)),
+                 narrowed<T>(load_shared(&warp.sum(row, warp.place / 4))));
 }
 
 }  // namespace gspn::cuda

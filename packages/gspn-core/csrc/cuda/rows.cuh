@@ -65,7 +65,7 @@ struct RowSource {
   const unsigned char* first = nullptr;  // the lane's first unit of a stage at column 0
   int64_t step = 0;                      // bytes between sixteen rows
 
-  __device__ __forceinline__ RowSource() = default;
+  RowSource() = default;
   __device__ __forceinline__ RowSource(const Field& f, int64_t plane, int j0) {
     if (f.data == nullptr) return;
     const int lane = threadIdx.x & 31;
@@ -168,7 +168,8 @@ struct RowStrip {
       for (int b = 0; b < kBatch; ++b) {
         const int row = row0 + (turn + b) * kRows;
         if (row < own_begin || row >= own_end) continue;
-        const auto h = *reinterpret_cast<const Pack<A, 4>*>(stage + RowStage<C>::offset((turn + b) * kRows, 0));
+        const auto h =
+            load_shared(reinterpret_cast<const Pack<A, 4>*>(stage + RowStage<C>::offset((turn + b) * kRows, 0)));
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           A value = h.v[m];
@@ -180,9 +181,9 @@ struct RowStrip {
         A* const to_sums = sums + (j + (turn + b) * kRows) * sums_row + at;
         T* const to = y + (j + (turn + b) * kRows) * y_row + at;
         if (whole && to_y) {
-          *reinterpret_cast<Pack<T, 4>*>(to) = out;
+          store_vector(reinterpret_cast<Pack<T, 4>*>(to), out);
         } else if (whole) {
-          *reinterpret_cast<Pack<A, 4>*>(to_sums) = sum[b];
+          store_vector(reinterpret_cast<Pack<A, 4>*>(to_sums), sum[b]);
         } else {
           for (int m = 0; m < 4; ++m) {
             const int i = kReversed ? width - 1 - at - m : at + m;
@@ -212,8 +213,8 @@ struct RowGroup {
     const bool upper = kUnit == 8 && group % 2 == 1;
     const auto vector = [&](int input, int q) {
       const unsigned char* const unit = lane + input * RowStage<C>::kInput + RowStage<C>::offset(q, 0);
-      if constexpr (kUnit == 4) return Vector<T, 4>(*reinterpret_cast<const Pack<T, 4>*>(unit));
-      const auto words = *reinterpret_cast<const Pack<uint32_t, 4>*>(unit);
+      if constexpr (kUnit == 4) return Vector<T, 4>::at(unit);
+      const auto words = load_shared(reinterpret_cast<const Pack<uint32_t, 4>*>(unit));
       Vector<T, 4> out;
       out.words[0] = upper ? words.v[2] : words.v[0];
       out.words[1] = upper ? words.v[3] : words.v[1];
@@ -299,7 +300,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
       }
       const int state = Stage::template state_offset<kReversed>(int(threadIdx.x & 31) * C::P, group, extra);
 #pragma unroll
-      for (int q = 0; q < C::P; ++q) *reinterpret_cast<Pack<A, 4>*>(stage + state + Stage::offset(q, 0)) = states[q];
+      for (int q = 0; q < C::P; ++q)
+        store_shared(reinterpret_cast<Pack<A, 4>*>(stage + state + Stage::offset(q, 0)), states[q]);
     }
     __syncwarp();
     strip.template store<kStochastic, kReversed>(stage, extra, number * Stage::kLines, width);

@@ -55,20 +55,25 @@ struct SharedMemory {
   // In elements. Rows have room for all positions of a vertical scan, those that do not exist too. Lanes, which are an
   // odd number of positions apart, are in different banks along rows and along columns, and so are the channels of a
   // warp. For the shortest lines that would take more memory than it is worth.
-  static GSPN_HOST_DEVICE int pitch(const Params& p) {
-    constexpr int kStep = 32 / C::kLanes < 8 ? 32 / C::kLanes : 8;
-    return (C::kSegment + kStep - 2) / kStep * kStep + 1;
-  }
+  static constexpr int kStep = 32 / C::kLanes < 8 ? 32 / C::kLanes : 8;
+  static constexpr int kPitch = (C::kSegment + kStep - 2) / kStep * kStep + 1;
   static GSPN_HOST_DEVICE int plane(const Params& p) {
-    const int least = int(p.H) * pitch(p);
+    const int least = int(p.H) * kPitch;
     return least + ((C::kSegment - least) % 32 + 32) % 32;
   }
-  // Behind the images there is what horizontal scans read, and write, of rows that do not exist.
+  // Of x, whose elements may have half the width of a bank: the channels of a warp share the banks evenly.
+  static GSPN_HOST_DEVICE int plane_of_x(const Params& p) {
+    if (sizeof(T) == sizeof(A) || C::SEG == 1) return plane(p);
+    constexpr int kShare = 64 / C::SEG;
+    return (plane(p) - kShare + 63) / 64 * 64 + kShare;
+  }
+  // Behind the images there is what horizontal scans read of rows that do not exist.
   static GSPN_HOST_DEVICE size_t slack(const Params& p) {
-    return sizeof(T) * size_t(C::kSegment > p.H ? C::kSegment - p.H : 0) * pitch(p);
+    return sizeof(T) * size_t(C::kSegment > p.H ? C::kSegment - p.H : 0) * kPitch;
   }
   static GSPN_HOST_DEVICE size_t bytes(const Params& p, int warps) {
-    return size_t(warps) * (C::SEG * size_t(plane(p)) * (sizeof(A) + sizeof(T)) + 2 * 32 * 4 * sizeof(A)) + slack(p);
+    const size_t images = plane(p) * sizeof(A) + plane_of_x(p) * sizeof(T);
+    return warps * C::SEG * images + slack(p);
   }
 };
 
@@ -112,13 +117,14 @@ struct SharedWarp {
   const SharedPoint* points;  // of the channel's set
   int64_t n;
   int first, channel, place;  // place: the lane's first position on a line
-  int pitch, plane;
+  static constexpr int kPitch = SharedMemory<C>::kPitch;
+  int plane;
   bool active;  // the lane has a channel
   T *warp_x, *x;
-  A *warp_sums, *sums, *spare;  // spare: four elements of the lane's own
+  A *warp_sums, *sums;
 
   __device__ __forceinline__ SharedWarp(const Params& p, const SharedLaunch& l)
-      : p(p), pitch(SharedMemory<C>::pitch(p)), plane(SharedMemory<C>::plane(p)) {
+      : p(p), plane(SharedMemory<C>::plane(p)) {
     const int lane = threadIdx.x & 31, segment = lane / C::kLanes, warp = int(threadIdx.x) / 32 % l.warps;
     n = blockIdx.x / l.rounds.blocks;
     first = (int(blockIdx.x % l.rounds.blocks) * l.warps + warp) * C::SEG;
@@ -127,34 +133,37 @@ struct SharedWarp {
     place = lane % C::kLanes * C::P;
     points = l.points + (n * (p.C / l.share) + channel / l.share) * shared_points(p, C::kSegment, p.D);
     A* const all = reinterpret_cast<A*>(shared_memory());
-    spare = all + 4 * threadIdx.x;
-    warp_sums = all + 4 * 64 * l.warps + warp * C::SEG * plane;
+    warp_sums = all + warp * C::SEG * plane;
     sums = warp_sums + segment * plane;
-    warp_x = reinterpret_cast<T*>(all + 4 * 64 * l.warps + l.warps * C::SEG * plane) + warp * C::SEG * plane;
-    x = warp_x + segment * plane;
+    const int plane_of_x = SharedMemory<C>::plane_of_x(p);
+    warp_x = reinterpret_cast<T*>(all + l.warps * C::SEG * plane) + warp * C::SEG * plane_of_x;
+    x = warp_x + segment * plane_of_x;
   }
-  // Calls use(place in memory, place in shared memory) for the pixels of a field of the warp's channels: in either of
-  // the two warps of a channel for half of the rows.
+  // Calls use(place in memory, place in shared memory) for the pixels of a field of the warp's channels, whose images
+  // are `apart` elements apart there: in either of the two warps of a channel for half of the rows.
   template <class V, class Use>
-  __device__ __forceinline__ void for_pixels(const Field& f, const Use& use) const {
+  __device__ __forceinline__ void for_pixels(const Field& f, int apart, const Use& use) const {
     const int lane = threadIdx.x & 31, side = int(threadIdx.x) >= int(blockDim.x) / 2 ? 1 : 0;
     for (int s = 0; s < C::SEG && first + s < int(p.C); ++s) {
       V* const image = static_cast<V*>(f.data) + (n * f.n + (first + s) * f.c);
 #pragma unroll 2
       for (int row = side; row < int(p.H); row += 2)
         for (int column = lane; column < int(p.W); column += 32)
-          use(image[row * int(f.row) + column * int(f.col)], s * plane + row * pitch + column);
+          use(image[row * int(f.row) + column * int(f.col)], s * apart + row * kPitch + column);
     }
   }
 };
 
-// A lane's part of a scan over a direction's lines.
+// A lane's part of a scan over a direction's lines. A template argument says whether a horizontal one is from right to
+// left, so that places in memory are known but for a lane's own.
 template <class C, bool kHorizontal, bool kReversed>
 struct SharedScan {
   using A = typename C::A;
   using T = typename C::T;
   static constexpr int P = C::P;
   static constexpr int kLines = P <= 5 ? 3 : 2;  // lines whose points are loaded at once: registers bound them
+  static constexpr int kPosition = kHorizontal ? SharedMemory<C>::kPitch : 1;  // steps in memory
+  int vertical_step = SharedMemory<C>::kPitch;
   const SharedWarp<C>& warp;
   int own;                          // positions of the lane, if less than P
   int start, chunk;                 // the next line that starts a chunk
@@ -172,8 +181,9 @@ struct SharedScan {
     const int lines = int(scan.lines);
     length = scan.length;
     own = int(length) - warp.place;
+    if (!kHorizontal && scan.reversed) vertical_step = -vertical_step;
     const int at =
-        warp.place * next_position() + (kReversed ? lines - 1 - begin : begin) * (kHorizontal ? 1 : warp.pitch);
+        warp.place * kPosition + (scan.reversed ? lines - 1 - begin : begin) * (kHorizontal ? 1 : warp.kPitch);
     x = warp.x + at, sums = warp.sums + at;
     points = warp.points + shared_points(p, C::kSegment, d) + (threadIdx.x & 31) % C::kLanes + begin * C::kSegment;
     chunk = p.chunk > 0 && p.chunk < lines ? int(p.chunk) : lines;
@@ -185,8 +195,7 @@ struct SharedScan {
     checkpoints = static_cast<A*>(p.checkpoints) + (warp.n * p.C + warp.channel) * checkpoint_offset(p, p.D) +
                   checkpoint_offset(p, d) + warp.place;
   }
-  __device__ __forceinline__ int next_position() const { return kHorizontal ? warp.pitch : 1; }
-  __device__ __forceinline__ int next_line() const { return (kReversed ? -1 : 1) * (kHorizontal ? 1 : warp.pitch); }
+  __device__ __forceinline__ int next_line() const { return kHorizontal ? (kReversed ? -1 : 1) : vertical_step; }
 
   template <int kCount>
   __device__ __forceinline__ void load(SharedPoint (&to)[kCount][P]) {
@@ -214,18 +223,14 @@ struct SharedScan {
   template <int kCount>
   __device__ __forceinline__ void run(int i, const SharedPoint (&loaded)[kCount][P], A (&h)[P]) {
     unsigned exists[P];
-    A* at[P];
 #pragma unroll
-    for (int q = 0; q < P; ++q) {
-      exists[q] = q < own ? ~0u : 0u;
-      // Along a row there is room for positions that do not exist, along a column there is not.
-      at[q] = kHorizontal && q >= own ? warp.spare + (kReversed ? kCount - 1 : 0) : sums + q * next_position();
-    }
+    for (int q = 0; q < P; ++q) exists[q] = q < own ? ~0u : 0u;
     A inputs[kCount][P];
 #pragma unroll
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
-      for (int q = 0; q < P; ++q) inputs[m][q] = existing(exists[q], widen(x[m * next_line() + q * next_position()]));
+      for (int q = 0; q < P; ++q)
+        inputs[m][q] = existing(exists[q], widen(load_shared(x + (m * next_line() + q * kPosition))));
     const auto read = [&](int m, int q) {
       const SharedPoint& point = loaded[m][q];
       return NormalPoint<A>(point.a, point.c, inputs[m][q], point.lam);
@@ -238,12 +243,14 @@ struct SharedScan {
     scan_lines<C, kCount>(h, read, true, true, own > 0, starts, states);
     if (due >= i && due < i + kCount) save<kCount>(i, starts, before, states);
 #pragma unroll
-    for (int m = 0; m < kCount; ++m)
+    for (int q = 0; q < P; ++q) {
+      if (kHorizontal && q >= own) break;  // along a row there is room for positions that do not exist
 #pragma unroll
-      for (int q = 0; q < P; ++q) {
-        A& sum = at[q][m * next_line()];
-        sum += loaded[m][q].u * states[m][q];
+      for (int m = 0; m < kCount; ++m) {
+        A* const sum = sums + (m * next_line() + q * kPosition);
+        store_shared(sum, load_shared(sum) + loaded[m][q].u * states[m][q]);
       }
+    }
     x += kCount * next_line(), sums += kCount * next_line();
   }
 };
@@ -287,7 +294,9 @@ __global__ void __launch_bounds__(64 * kSharedWarps)
   const int side = int(threadIdx.x) / 32 / l.warps;
   T* const warp_x = warp.warp_x;
   A* const warp_sums = warp.warp_sums;
-  warp.template for_pixels<const T>(p.x, [&](const T& pixel, int at) { warp_x[at] = pixel, warp_sums[at] = A(0); });
+  warp.template for_pixels<const T>(p.x, SharedMemory<C>::plane_of_x(p),
+                                    [&](const T& pixel, int at) { warp_x[at] = load_vector(&pixel); });
+  warp.template for_pixels<T>(p.y, warp.plane, [&](T&, int at) { warp_sums[at] = A(0); });
   __syncthreads();
 #pragma unroll 1
   for (int round = 0; round < l.rounds.rounds; ++round) {
@@ -307,15 +316,13 @@ __global__ void __launch_bounds__(64 * kSharedWarps)
         scan_shared<C, true, true>(warp, d, begin, end, h);
       } else if (scan.horizontal) {
         scan_shared<C, true, false>(warp, d, begin, end, h);
-      } else if (scan.reversed) {
-        scan_shared<C, false, true>(warp, d, begin, end, h);
       } else {
         scan_shared<C, false, false>(warp, d, begin, end, h);
       }
       __syncthreads();
     }
   }
-  warp.template for_pixels<T>(p.y, [&](T& pixel, int at) { narrow(warp_sums[at], pixel); });
+  warp.template for_pixels<T>(p.y, warp.plane, [&](T& pixel, int at) { narrow(warp_sums[at], pixel); });
 }
 
 }  // namespace gspn::cuda

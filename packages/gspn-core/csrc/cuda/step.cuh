@@ -40,12 +40,25 @@ struct Vector {
   Word words[kWords];
 
   Vector() = default;
-  __device__ __forceinline__ Vector(const Pack<T, P>& pack) { memcpy(words, pack.v, sizeof(words)); }
+  __device__ __forceinline__ Vector(Pack<T, P> pack) { memcpy(words, pack.v, sizeof(words)); }
+  // From aligned shared memory.
+  static __device__ __forceinline__ Vector at(const void* place) {
+    const auto loaded = load_shared(static_cast<const Pack<Word, kWords>*>(place));
+    Vector vector;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) vector.words[w] = loaded.v[w];
+    return vector;
+  }
   static __device__ __forceinline__ Vector of(Accumulator<T> value) {
     Pack<T, P> pack;
 #pragma unroll
     for (int q = 0; q < P; ++q) narrow(value, pack.v[q]);
     return Vector(pack);
+  }
+  __device__ __forceinline__ Pack<T, P> pack() const {
+    Pack<T, P> pack;
+    memcpy(pack.v, words, sizeof(words));
+    return pack;
   }
   // The n-th four elements.
   __device__ __forceinline__ Vector<T, 4> part(int n) const {
@@ -162,7 +175,8 @@ struct LineOf {
 // h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Beside an
 // infinity it gives NaN, since inf - inf is NaN: there the weighted sum decides. A chunk starts from f alone, whatever
 // the weights. Without positions to its left or right, a lane gets 0 from there.
-template <class C, class Existence = bool>
+// kSelects: whether that is chosen for every position, which takes fewer registers than a branch.
+template <class C, bool kSelects = false, class Existence = bool>
 __device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C>& line, bool stochastic,
                                         bool starts_chunk, Existence left_exists = true,
                                         Existence right_exists = true) {
@@ -177,11 +191,14 @@ __device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C
     A probe = h[0];  // a sum, which is not finite if a state is not
 #pragma unroll
     for (int q = 1; q < P; ++q) probe += h[q];
-    const bool careful = starts_chunk || !(probe - probe == A(0));
+    const bool careful = (!kSelects && starts_chunk) || !(probe - probe == A(0));
 #pragma unroll
-    for (int q = 0; q < P; ++q)
+    for (int q = 0; q < P; ++q) {
       next[q] = (h[q] + line.f[q]) + line.a[q] * (left(q) - h[q]) + line.c[q] * (right(q) - h[q]);
-    if (careful) {
+      if (kSelects && careful && next[q] != next[q])
+        next[q] = weighted_sum(line.a[q], line.c[q], left(q), h[q], right(q)) + line.f[q];
+    }
+    if (!kSelects && careful) {
 #pragma unroll
       for (int q = 0; q < P; ++q) {
         if (starts_chunk)
@@ -193,13 +210,13 @@ __device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C
   } else {
 #pragma unroll
     for (int q = 0; q < P; ++q) next[q] = line.a[q] * left(q) + line.b[q] * h[q] + line.c[q] * right(q) + line.f[q];
-    if (starts_chunk) {
+    if (!kSelects && starts_chunk) {
 #pragma unroll
       for (int q = 0; q < P; ++q) next[q] = line.f[q];
     }
   }
 #pragma unroll
-  for (int q = 0; q < P; ++q) h[q] = next[q];
+  for (int q = 0; q < P; ++q) h[q] = kSelects && starts_chunk ? line.f[q] : next[q];
 }
 
 // What a position takes from a line: numerators of the weights of its neighbours, the inverse of the sum of all three,

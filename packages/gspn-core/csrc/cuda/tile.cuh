@@ -265,7 +265,7 @@ __device__ __forceinline__ void step(typename C::A (&h)[C::P], const WeightTile<
   get_row<C>(weights.c, m, line.c);
   get_row<C>(input, m, line.f);
   if (weights.b != nullptr) get_row<C>(weights.b, m, line.b);
-  advance<C>(h, line, weights.b == nullptr, starts_chunk);
+  advance<C, true>(h, line, weights.b == nullptr, starts_chunk);
 }
 
 __device__ __forceinline__ bool starts_chunk(const Params& p, int i) {

@@ -192,6 +192,7 @@ struct Thread {
   Warp* warp = nullptr;
   Block* block = nullptr;
   uint64_t received = 0;     // by the last shuffle
+  int meetings = 0;          // synchronisation points so far: equal in the lanes of a warp
   std::vector<Copy> copies;  // asynchronous, under way
   size_t groups = 0;         // of copies, that have been committed
   Primitive waits_at = Primitive::kNone;
@@ -395,6 +396,7 @@ void park(Primitive primitive, Site site, Fence* fence, Arrive arrive) {
     Hidden hidden;
     Thread& me = current();
     me.waits_at = primitive;
+    ++me.meetings;
     me.site = site;
     arrive(me);
     next = next_thread();
@@ -769,6 +771,28 @@ inline void* cluster_map(void* p, int rank, detail::Site site = detail::Site::he
     detail::stop("cluster_map of an address outside shared memory", site);
   if (!detail::state().cluster->blocks[rank].started) detail::stop("cluster_map to a block that has not started", site);
   return detail::state().cluster->blocks[rank].shared.get() + offset;
+}
+
+// What kernels note of their accesses to memory. With a recorder set, each access of a thread is kept, with the place
+// in the code that makes it, so that the accesses which a warp makes at once can be put together.
+enum class Memory { kGlobalLoad, kGlobalStore, kShared };
+struct Access {
+  unsigned block;
+  int thread, meetings;
+  const void* site;
+  Memory memory;
+  uintptr_t address;
+  size_t bytes;
+};
+inline std::vector<Access>*& recorder() {
+  static std::vector<Access>* accesses = nullptr;
+  return accesses;
+}
+__attribute__((noinline)) inline void note(Memory memory, const void* p, size_t bytes) {
+  if (recorder() == nullptr) return;
+  const detail::Thread& me = detail::current();
+  recorder()->push_back(
+      {me.block->index.x, me.number, me.meetings, __builtin_return_address(0), memory, uintptr_t(p), bytes});
 }
 
 // Asynchronous copies from global to shared memory. The data appears at the wait of the thread that copies; until then

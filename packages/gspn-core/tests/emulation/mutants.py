@@ -60,7 +60,8 @@ MUTANTS = (
         "widen(raw[2].v[e]), j > 0, j + 1",
         "widen(raw[2].v[e]), true, j + 1",
     ),
-    Mutant("chunks run on", "values", "step.cuh", "if (starts_chunk)\n", "if (false)\n"),
+    Mutant("chunks run on", "values", "step.cuh", "kSelects && starts_chunk ? line.f[q] : next[q]", "next[q]"),
+    Mutant("vectors: chunks run on", "values", "step.cuh", "        if (starts_chunk)\n", "        if (false)\n"),
     Mutant(
         "wrong difference", "values", "step.cuh", "line.c[q] * (right(q) - h[q]);", "line.c[q] * (right(q) - left(q));"
     ),
@@ -156,6 +157,32 @@ MUTANTS = (
     ),
     Mutant("shared: no slack behind the images", "address", "shared.cuh", " + slack(p);", ";"),
     Mutant("shared: weights of a neighbour's set", "values", "shared.cuh", "channel / l.share)", "first / l.share)"),
+    Mutant(
+        "gradients: copies to memory in use",
+        "thread",
+        "row_backward.cuh",
+        "    __syncwarp();  // the memory is free for new copies\n",
+        "",
+    ),
+    Mutant("gradients: no wait", "values", "row_backward.cuh", "    wait_for_copies<0>();\n", ""),
+    Mutant(
+        "gradients: stored before they are there",
+        "thread",
+        "row_backward.cuh",
+        "    adjoint.run(begin);\n    __syncwarp();",
+        "    adjoint.run(begin);",
+    ),
+    Mutant(
+        "gradients: edges of states stay wrong",
+        "values",
+        "column_backward.cuh",
+        "keep(i0 - begin, h);  // now",
+        "// now",
+    ),
+    Mutant("gradients: edges of rows stay wrong", "values", "row_backward.cuh", "keep(4 * turn, h);  // now", "// now"),
+    Mutant(
+        "gradients: of a first line", "values", "gradients.cuh", "if (!starts_chunk && kStochastic)", "if (kStochastic)"
+    ),
     Mutant("logits do not saturate", "values", "step.cuh", "logit < A(kSaturation) ? A(kSaturation) : logit", "logit"),
     Mutant("sums start anew", "values", "forward.cuh", "if (!first) value += before.v[e];", ""),
     Mutant(
@@ -192,8 +219,8 @@ MUTANTS = (
         "infinities become NaN",
         "values",
         "step.cuh",
-        "const bool careful = starts_chunk || !(probe - probe == A(0));",
-        "const bool careful = starts_chunk;",
+        "const bool careful = (!kSelects && starts_chunk) || !(probe - probe == A(0));",
+        "const bool careful = !kSelects && starts_chunk;",
     ),
     Mutant(
         "ends of a line take a state of their lane",
