@@ -300,19 +300,21 @@ def test_a_run_is_extended(whole, tmp_path):
 
 
 def test_sigterm_saves_a_checkpoint(tmp_path):
-    """As clusters send it before they take the machine away; the run goes on from there."""
+    """As clusters send it, to all processes, before they take the machine away; the run goes on from there."""
     file = tmp_path / "options.yaml"
-    file.write_text(yaml.safe_dump(tiny_run(str(tmp_path / "run"), steps=100_000, sample_every=None, log_every=1)))
+    changes = {"steps": 100_000, "sample_every": None, "log_every": 1, "workers": 1}
+    file.write_text(yaml.safe_dump(tiny_run(str(tmp_path / "run"), **changes)))
     file.write_text(file.read_text().replace("checkpoint_every: 3", "checkpoint_every: 1000000"))
     command = [sys.executable, "-m", "gspn_dit.cli", "train", "--config", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not read_table(tmp_path / "run" / "train.csv"):
         time.sleep(0.05)
-    busy = config(tmp_path / "run", steps=100_000, sample_every=None, log_every=1, checkpoint_every=1_000_000)
+    busy = config(tmp_path / "run", **changes, checkpoint_every=1_000_000)
     with pytest.raises(ValueError, match=rf"is being written by process {process.pid} on .*; wait for it"):
         train.train(busy)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     state = checkpoints.read_state(checkpoint.locate(tmp_path / "run"), checkpoint.FORMAT)
     assert (process.returncode, out) == (130, "")
@@ -320,6 +322,7 @@ def test_sigterm_saves_a_checkpoint(tmp_path):
         f"gspn-dit: terminated after {state['step']} updates, which are saved; run the same command again to continue\n"
     )
     assert err == line
+    assert read_table(tmp_path / "run" / "train.csv")[-1]["step"] == str(state["step"])  # not lost for the average
 
 
 # ---- what is refused
@@ -344,7 +347,8 @@ def test_another_run_in_the_folder(whole, changes, message):
     "changes,message",
     [
         ({"model": "GSPN-M/2"}, "model must be one of GSPN-S/2"),
-        ({"model_kwargs": {"hidden": 1}}, "model_kwargs do not suit GSPN2-S/2: .*hidden"),
+        ({"model_kwargs": {"hidden": 1}}, "model_kwargs {'hidden': 1} do not suit GSPN2-S/2: .*hidden"),
+        ({"model_kwargs": {"in_channels": 3}}, "in_channels must be the 1 of the data, got 3"),
         ({"model": "GSPN2-S/4", "model_kwargs": {"patch_size": 3}}, "must divide 8 x 8, got 3"),
         ({"model_kwargs": {"num_classes": 9}}, "num_classes must be at least the 10 of the data, got 9"),
         ({"times": "logit_normal"}, "times and time_shift are of the objective flow, got logit_normal, 1.0"),

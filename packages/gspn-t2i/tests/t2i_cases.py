@@ -94,11 +94,13 @@ def in_two_processes(*words: Any) -> subprocess.CompletedProcess[str]:
 
 
 def interrupt(command: list[str], begun: Callable[[], bool], number: int) -> tuple[int, str]:
-    """Start a command, send it a signal when it has begun, and return its status and standard error."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+    """Start a command, send its processes a signal when it has begun, and return its status and standard error."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and not begun():
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -209,6 +210,9 @@ def test_save_and_load(family, kind, tmp_path):
     adapter.unmount()
     loaded = GSPNAdapter.from_pretrained(tmp_path)
     assert same(loaded.state_dict(), adapter.state_dict())
+    names = [name for name, _ in adapter.named_parameters()]  # optimizers and averages go by their order
+    assert [name for name, _ in loaded.named_parameters()] == names
+    assert [name for name, _ in GSPNAdapter.from_config(adapter.config).named_parameters()] == names
     for one in (adapter, loaded, GSPNAdapter(layers=dict(adapter.config.layers))):
         assert GSPNAdapter.from_config(one.config).config == one.config
     options = ("layers", "mixer", "proxy", "bottleneck", "chunk_size")
@@ -440,14 +444,24 @@ def test_compiled_before_it_is_mounted():
         ({"proxy": 0.0}, r"proxy must be above 0 and at most 1, got 0\.0"),
         ({"bottleneck": 2.0}, r"bottleneck must be above 0 and at most 1, got 2\.0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, or None, got 0"),
+        ({"chunk_size": 2.5}, r"chunk_size must be an integer, or None, got 2\.5"),
+        ({"chunk_size": True}, "chunk_size must be an integer, or None, got True"),
+        ({"proxy": "a"}, "proxy must be a number, got 'a'"),
         ({"keep_attention": "mid_block"}, "keep_attention must be a list of parts of names, got 'mid_block'"),
         ({"keep_attention": ["nothing"]}, "keep_attention: no self-attention name contains 'nothing'"),
         ({"keep_attention": ["attn1"]}, r"keep_attention must leave a self-attention to replace"),
     ],
 )
 def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         GSPNAdapter.for_unet(sd_unet(), **options)
+
+
+def test_a_pipeline_in_the_place_of_its_unet():
+    adapter = GSPNAdapter.for_unet(sd_unet())
+    for use in (GSPNAdapter.for_unet, adapter.mount):
+        with pytest.raises(TypeError, match="unet must be a UNet2DConditionModel, got a SimpleNamespace; pass pipe"):
+            use(SimpleNamespace(unet=sd_unet()))
 
 
 def test_a_unet_without_self_attention():

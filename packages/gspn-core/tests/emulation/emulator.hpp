@@ -38,6 +38,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -548,7 +549,12 @@ __attribute__((no_sanitize("thread"))) inline void thread_main() noexcept {
   Block& block = *s.current->block;
   acquire(&s.start_fence);
   s.launch.body(s.launch.closure);
-  if (!s.current->copies.empty()) stop("a thread returned while its copies were under way", Site{});
+  bool copies;
+  {
+    Hidden hidden;
+    copies = !s.current->copies.empty();
+  }
+  if (copies) stop("a thread returned while its copies were under way", Site{});
   release(&block.exit_fence);
   Thread* next;
   bool last;
@@ -803,19 +809,27 @@ inline void copy_async(void* shared, const void* global, size_t bytes, detail::S
   for (const void* p : {const_cast<const void*>(shared), global})
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) detail::stop("copy_async of an address that is not aligned", site);
   std::memset(shared, detail::kPoison, bytes);
+  detail::Hidden hidden;
   detail::Thread& me = detail::current();
   me.copies.push_back({shared, global, bytes, me.groups});
 }
 
-inline void commit_copies() { ++detail::current().groups; }
+inline void commit_copies() {
+  detail::Hidden hidden;
+  ++detail::current().groups;
+}
 
 // Waits for all groups of copies of the thread but the last `groups`, committed ones.
 inline void wait_for_copies(size_t groups) {
-  detail::Thread& me = detail::current();
-  const auto waits = [&](const detail::Copy& copy) { return copy.group + groups < me.groups; };
-  for (const detail::Copy& copy : me.copies)
-    if (waits(copy)) std::memcpy(copy.to, copy.from, copy.bytes);
-  me.copies.erase(std::remove_if(me.copies.begin(), me.copies.end(), waits), me.copies.end());
+  std::vector<detail::Copy> done;
+  {
+    detail::Hidden hidden;
+    detail::Thread& me = detail::current();
+    const auto waits = [&](const detail::Copy& copy) { return copy.group + groups < me.groups; };
+    std::copy_if(me.copies.begin(), me.copies.end(), std::back_inserter(done), waits);
+    me.copies.erase(std::remove_if(me.copies.begin(), me.copies.end(), waits), me.copies.end());
+  }
+  for (const detail::Copy& copy : done) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 inline void cluster_sync(detail::Site site = detail::Site::here()) {

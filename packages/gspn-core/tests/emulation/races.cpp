@@ -106,12 +106,12 @@ int main(int count, char** arguments) {
       {"strip", f32, 1, 2, 21, 150, 2, 2, 0, true, {2, 3}},    // two strips of a block
       {"strip", f32, 1, 2, 150, 21, 1, 1, 7, false, {0}},      // shared weights of line_scan, two strips, chunks
       {"cluster", f32, 1, 2, 19, 260, 1, 2, 0, true, {3, 2}},  // strips in several blocks
-      {"strip", f32, 1, 2, 10, 12, 2, 2, 0, true, {0, 1}},     // rows of sectors, the last one of half a sector
-      {"cluster", f32, 1, 1, 130, 16, 1, 1, 0, false, {1}},    // the same, strips in two blocks
+      {"strip", f32, 1, 2, 12, 28, 2, 2, 0, true, {0, 1}},     // rows of sectors, the last one of half a sector
+      {"cluster", f32, 1, 1, 132, 24, 1, 1, 0, false, {1}},    // the same, strips in two blocks
       {"auto", f32, 1, 3, 8, 12, 3, 3, 5, true, all},          // fused, a ragged group of channels
       {"auto", f32, 1, 17, 7, 10, 1, 1, 4, true, all},         // weights and gates of all channels, normalised once
-      {"cluster", f32, 1, 1, 132, 32, 1, 1, 16, true, {0, 1}},  // gradients of rows, strips in two blocks, chunks
-      {"strip", f32, 1, 1, 20, 132, 1, 1, 7, true, {2, 3}},     // and of columns
+      {"cluster", f32, 1, 1, 132, 32, 1, 1, 0, true, {0, 1}},  // gradients of rows, strips in two blocks
+      {"strip", f32, 1, 1, 20, 132, 1, 1, 7, true, {2, 3}},    // and of columns
       {"auto", f64, 1, 2, 20, 75, 1, 1, 0, true, {2, 1}},
   };
   for (const Case& c : cases) {

@@ -108,7 +108,10 @@ def test_files_and_the_command_line(shipped):
     [
         (["--imag-size", "3"], "unknown option '--imag-size', did you mean '--image-size'?"),
         (["--opt", "sgd"], "unknown option '--opt'"),
-        (["--learning-rate", "3", "--lr", "3"], "--lr is given twice"),
+        (["--learning-rate", "3", "--lr", "3"], "--learning-rate and --lr are one option, given twice$"),
+        (["--lr", "3", "--lr", "3"], "--lr is given twice$"),
+        (["--image", "3"], "unknown option '--image', did you mean '--image-size'"),
+        (["--optimizer", "x"], "unknown option '--optimizer'$"),
         (["--qqq", "3"], "unknown option '--qqq'"),
         (["--config", "wrong"], "unknown option 'image_siz', did you mean 'image_size'?"),
         (["--config", "scalar"], r"prompts must be a list, such as \[a\], got 'a' in .*scalar\.yaml"),

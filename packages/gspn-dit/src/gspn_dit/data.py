@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gspn_core.runs.options import ImageSize
 from gspn_core.runs.order import Order, derive_seed
-from gspn_core.runs.training import leave_interrupts, loader_workers
+from gspn_core.runs.training import leave_signals, loader_workers
 
 from .features import Features
 from .images import adm_crop, open_images
@@ -131,7 +131,7 @@ def loader(source: Pixels | Latents, order: Order, workers: int) -> DataLoader[A
         source,
         batch_sampler=order,
         num_workers=loader_workers(workers),
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=leave_signals,
         persistent_workers=workers > 0,
         pin_memory=False,
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from gspn_core.runs.errors import WriteError
 from gspn_core.runs.files import check_record, locked, make_folder, read_json, write_json, write_tensors
 from gspn_core.runs.options import ImageSize
-from gspn_core.runs.training import leave_interrupts, loader_workers, use_cpu
+from gspn_core.runs.training import leave_signals, loader_workers, use_cpu
 
 from .config import ExtractConfig
 from .features import (
@@ -190,7 +190,7 @@ def _write_shards(
             _Crops(images, config.image_size),
             batch_sampler=[list(batch) for shard in batches.values() for batch in shard],
             num_workers=loader_workers(config.workers) if numbers else 0,
-            worker_init_fn=leave_interrupts,
+            worker_init_fn=leave_signals,
             collate_fn=_collate,
             pin_memory=vae.device.type == "cuda",
         )

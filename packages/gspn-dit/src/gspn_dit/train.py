@@ -97,7 +97,9 @@ class Trainer:
         try:
             model = GSPNDiTTransformer2DModel.from_preset(config.model, **options)
         except TypeError as error:
-            raise ValueError(f"model_kwargs do not suit {config.model}: {error}") from None
+            raise ValueError(f"model_kwargs {config.model_kwargs} do not suit {config.model}: {error}") from None
+        if model.config.in_channels != channels:
+            raise ValueError(f"in_channels must be the {channels} of the data, got {model.config.in_channels}")
         if model.config.num_classes < len(self.class_names):
             classes = len(self.class_names)
             raise ValueError(f"num_classes must be at least the {classes} of the data, got {model.config.num_classes}")
@@ -335,10 +337,8 @@ class Trainer:
                 )
                 if snapshot and main and self.averages is not None:
                     self.averages.store(self.folder, self.step)
-                if termination.asked(self.step) and not last:
-                    self._save()
-                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
-                if not (log or save or grid_due or fid_due):
+                stop = termination.asked(self.step) and not last
+                if not (log or save or grid_due or fid_due or stop):
                     continue
                 rows, speed = self._rows(), self.meter.images_per_second
                 if log:
@@ -348,6 +348,9 @@ class Trainer:
                 bar.set_postfix_str(
                     f"loss {self.meter.loss:.4f}, lr {self.lr.at(self.step - 1):.2e}, {speed:.1f} images/s"
                 )
+                if stop:
+                    self._save()
+                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
                 if save:
                     self._save()
                 if grid_due:

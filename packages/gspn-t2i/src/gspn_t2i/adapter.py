@@ -59,8 +59,12 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         if mixer not in KINDS:
             raise ValueError(f"mixer must be one of {', '.join(KINDS)}, got {mixer!r}")
         for name, share in (("proxy", proxy), ("bottleneck", bottleneck)):
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise TypeError(f"{name} must be a number, got {share!r}")
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {share}")
+        if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
+            raise TypeError(f"chunk_size must be an integer, or None, got {chunk_size!r}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, or None, got {chunk_size}")
         if not layers:
@@ -77,7 +81,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
                     chunk_size=chunk_size,
                     bias=shape["bias"],
                 )
-                for name, shape in layers.items()
+                # In an order that a saved configuration keeps: optimizers and averages go by position.
+                for name, shape in sorted(layers.items())
             }
         )
         # Not an attribute, which would register the UNet as a module of ours, to be saved.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from gspn_core.runs.errors import explaining_memory
 from gspn_core.runs.order import SAMPLE, STEP, Order, derive_seed
-from gspn_core.runs.training import leave_interrupts, loader_workers
+from gspn_core.runs.training import leave_signals, loader_workers
 
 from .buckets import BucketOrder, choose_sizes
 from .captions import open_captioned
@@ -196,6 +196,6 @@ def loader(source: Pixels | Encoded, batches: Any, workers: int, *, persistent: 
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=loader_workers(workers),
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=leave_signals,
         persistent_workers=persistent and loader_workers(workers) > 0,
     )

@@ -219,16 +219,17 @@ class Distiller:
                 log, save, sample, validate = (
                     every is not None and (last or self.step % every == 0) for every in intervals
                 )
-                if termination.asked(self.step) and not last:
-                    self._save()
-                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
-                if not (log or save or sample or validate):
+                stop = termination.asked(self.step) and not last
+                if not (log or save or sample or validate or stop):
                     continue
                 rows = self._rows()
                 bar.set_postfix_str(f"loss {self.meter.loss:.4f}, {self.meter.images_per_second} images/s")
                 if log:
                     means, speed = self.meter.take(rows), self.meter.images_per_second
                     self._write_row("train", **means, lr=self.lr.at(self.step - 1), images_per_second=speed)
+                if stop:
+                    self._save()
+                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
                 if save:
                     self._save()
                 if sample:

@@ -50,8 +50,12 @@ def unmounted(unet: Any) -> Any:
     """Return a UNet, or the one within a `torch.compile`d one, whose modules have other names.
 
     Raises:
+        TypeError: it is no module, such as a pipeline.
         ValueError: an adapter is mounted on it.
     """
+    if not isinstance(unet, nn.Module):
+        hint = "; pass pipeline.unet" if hasattr(unet, "unet") else ""
+        raise TypeError(f"unet must be a UNet2DConditionModel, got a {type(unet).__name__}{hint}")
     unet = unet._orig_mod if is_compiled_module(unet) else unet
     if hasattr(unet, CHILD):
         raise ValueError(f"another adapter is mounted on the UNet, unmount it first: unet.{CHILD}.unmount()")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gspn_core.runs.images import UnreadableImageError
 from gspn_core.runs.options import ImageSize
 from gspn_core.runs.order import AUGMENT, Order, seed_all
-from gspn_core.runs.training import leave_interrupts, loader_workers
+from gspn_core.runs.training import leave_signals, loader_workers
 
 from .config import TrainConfig
 from .models import has_fixed_size
@@ -221,7 +221,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def _loader(samples: Samples, workers: int, pin_memory: bool, **order: Any) -> DataLoader[Batch]:
     processes = loader_workers(workers)
     options = {"num_workers": processes, "persistent_workers": processes > 0, "pin_memory": pin_memory, **order}
-    options["worker_init_fn"] = leave_interrupts
+    options["worker_init_fn"] = leave_signals
     return DataLoader(samples, collate_fn=collate, **options)  # type: ignore[arg-type]
 
 

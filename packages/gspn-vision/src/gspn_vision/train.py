@@ -362,10 +362,8 @@ class Trainer:
                 last, epoch_ends = self.step == self.steps, self.step % self.updates_per_epoch == 0
                 save = epoch_ends or self.step % config.checkpoint_every == 0
                 log = last or self.step % config.log_every == 0
-                if termination.asked(self.step) and not (last or save):
-                    self._save()
-                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
-                if not (save or log):
+                stop = termination.asked(self.step) and not (last or save)
+                if not (save or log or stop):
                     continue
                 rows, lr, speed = self._rows(), self.lr.at(self.step - 1), self.meter.images_per_second
                 bar.set_description_str(f"epoch {self._epoch}/{config.epochs}")
@@ -375,6 +373,9 @@ class Trainer:
                     if main:
                         row = {"epoch": self._epoch, **means, "lr": lr, "images_per_second": speed}
                         self.log.add("train", self.step, **row)
+                if stop:
+                    self._save()
+                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
                 if last or (epoch_ends and self._epoch % config.validate_every == 0):
                     self._validate()
                 if save:

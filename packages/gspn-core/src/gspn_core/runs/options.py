@@ -106,7 +106,8 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}")
+            default = ", its default: give both" if self.min_lr == type(self).min_lr else ""
+            raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}{default}")
 
 
 def warmup_of(warmup: float, total: float) -> float:
@@ -147,9 +148,11 @@ def _mended(message: str, names: Sequence[str]) -> str:
     unknown = re.search(r"(?:[Uu]nrecognized arguments: |Option ')([^ =']+)", words)
     if unknown:
         on_line = unknown[1].startswith("--")
-        known = [f"--{name.replace('_', '-')}" for name in names] if on_line else names
+        bare = unknown[1].removeprefix("--").replace("-", "_")
         same = [name for name in (OURS.get(unknown[1]),) if name in names]
-        close = same or difflib.get_close_matches(unknown[1], known, n=1)
+        parts = [name for name in names if bare in name.split("_")]  # `size` of `image_size`, if of nothing else
+        close = same or difflib.get_close_matches(bare, names, n=1, cutoff=0.7) or (parts if len(parts) == 1 else [])
+        close = [f"--{name.replace('_', '-')}" if on_line else name for name in close]
         return f"unknown option {unknown[1]!r}" + (f", did you mean {close[0]!r}?" if close else "")
     # Of a type with alternatives, what each of them expects.
     words = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", words)
@@ -242,11 +245,7 @@ def parse(
     parser = parser_of(kind, prog=prog, description=description, shipped=shipped)
     # For the main of all commands, which looks for it itself.
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
-    words = translate(words, [field.name for field in dataclasses.fields(kind)])  # type: ignore[arg-type]
-    given = [word.partition("=")[0] for word in words if word.startswith("--")]
-    twice = sorted({name for name in given if given.count(name) > 1} - {"--config"})
-    if twice:
-        raise ValueError(f"{twice[0]} is given twice; a list is written as words: {twice[0]} FIRST SECOND")
+    words = _translated_once(kind, words)
     files, words = _take_configs(words)
     paths = [find(name, shipped) for name in files]
     for path in paths:
@@ -262,6 +261,25 @@ def parse(
         return values
 
     return _checked(kind, read)
+
+
+def _translated_once(kind: type[Any], words: Sequence[str]) -> list[str]:
+    """Put our names for those of other libraries; each option may be given once, but for --config."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    given = translate(options, names)
+    for name in sorted(set(given) - {"--config"}):
+        typed = [option for option, ours in zip(options, given, strict=True) if ours == name]
+        if len(typed) < 2:
+            continue
+        said = typed[0] if len(set(typed)) == 1 else " and ".join(sorted(set(typed)))
+        field = name.removeprefix("--").replace("-", "_")
+        is_list = field in names and _words_of(typing.get_type_hints(kind)[field])[1] is not None
+        hint = f"; a list is written as words: {name} FIRST SECOND" if is_list else ""
+        raise ValueError(
+            f"{said} is given twice{hint}" if len(set(typed)) == 1 else f"{said} are one option, given twice{hint}"
+        )
+    return translate(words, names)
 
 
 def _take_configs(words: list[str]) -> tuple[list[str], list[str]]:

@@ -49,9 +49,14 @@ def loader_workers(workers: int) -> int:
     return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def leave_interrupts(_: int) -> None:
-    """Let a process that loads data ignore Ctrl-C: the main one ends it, and each would print a traceback."""
+def leave_signals(_: int) -> None:
+    """Let a process that loads data ignore Ctrl-C and SIGTERM, which often go to all processes of a job.
+
+    The main one ends it. Otherwise each would print a traceback, and a loader that finds its process killed raises an
+    error in the midst of an update, before the run could save.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_accelerator(device: str, precision: str = "fp32", accumulate: int = 1, *, tf32: bool = False) -> Accelerator:
