@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Builds gspn_core on a machine with a GPU, runs its GPU tests and its benchmark; see --help.
+# Builds gspn_core on a machine with a GPU, checks and measures it in one call of nine minutes; see --help.
 set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: gpu.sh [--dry-run] [--budget SECONDS] [--help]
+usage: gpu.sh [--dry-run] [--budget SECONDS] [--resume FILE] [--help]
 
-Builds gspn-core from this checkout, runs its GPU tests (pytest -m cuda), then benchmarks/gpu.py, and writes
-benchmarks/results/<gpu>-torch<version>-<date>.json with a table and a plot beside it, and copies to $OUT if that is set.
-Ends with one line for each step, and with a status other than 0 if any failed. A step that the time does not allow is
-listed as not run.
+Builds gspn-core from this checkout, then runs benchmarks/gpu.py: what only hardware shows, the timings of the targets, the
+tests on the GPU (tests/test_cuda.py, in several processes), the other timings, and a profile of five kernels where ncu is
+on PATH. Writes benchmarks/results/<gpu>-torch<version>-<date>.json after every case, with a table, a plot and the tests'
+log beside it, and copies to $OUT if that is set. Ends with one line for each step, and with a status other than 0 if any
+failed. What the time does not allow is listed as not run; --resume goes on with it.
 
   --dry-run          what can be tried without a GPU: compile line_launch.cu if nvcc is there, run gpu.py on the CPU with
                      tiny shapes, make its table and plot; nothing is installed or written to results
   --budget SECONDS   for everything together (default 540)
+  --resume FILE      a JSON that an earlier call on the same machine has written; measures what it lacks
 
 Environment: PYTHON (default python3); OUT, a folder for copies; PIP_USER, PIP_PREFIX or PIP_TARGET for where pip
 installs; GSPN_CUDA_ARCHITECTURES (default: that of the GPU) and whatever else the build reads.
@@ -27,12 +29,19 @@ refuse() {
 
 dry_run=false
 budget=540
+resume=
 while (($#)); do
   case $1 in
     --dry-run) dry_run=true ;;
     --budget)
       budget=${2:-}
       [[ $budget =~ ^[1-9][0-9]*$ ]] || refuse "--budget takes a whole number of seconds, got '$budget'"
+      shift
+      ;;
+    --resume)
+      resume=${2:-}
+      [[ -f $resume ]] || refuse "--resume takes a file that an earlier call has written, got '$resume'"
+      resume=$(realpath "$resume")
       shift
       ;;
     -h | --help) usage; exit 0 ;;
@@ -66,7 +75,7 @@ step() {
     return 1
   fi
   echo "== $name (at most $limit s)"
-  # INT first: pytest then still says what it saw.
+  # INT first: the program then ends what it has started.
   timeout --signal=INT --kill-after=10 "$limit" "$@" || rc=$?
   case $rc in
     0) summary+=("$name: passed in $((SECONDS - began)) s") && return 0 ;;
@@ -77,9 +86,9 @@ step() {
   return 1
 }
 
-# finish: the summary; after abandon REASON, with the steps that were left.
+# finish: the summary; after abandon REASON, with the step that was left.
 abandon() {
-  summary+=("GPU tests: not run, $1" "benchmark: not run, $1")
+  summary+=("benchmark: not run, $1")
   status=1
   finish
 }
@@ -103,8 +112,9 @@ if $dry_run; then
     step "line_launch.cu for $architecture" 120 nvcc -O3 -std=c++17 -Werror all-warnings "-arch=$architecture" -shared \
       -Xcompiler -fPIC -o "$work/line_launch.so" "$benchmarks/line_launch.cu" || true
   done
-  gpu_py=("$python" "$benchmarks/gpu.py" --device cpu --quick --progress)
-  if step "gpu.py on the CPU" 240 "${gpu_py[@]}" --out "$work/trial.json"; then
+  # The tests would only say that there is no GPU.
+  gpu_py=("$python" "$benchmarks/gpu.py" --device cpu --quick --progress --stages smoke targets rest profile)
+  if step "gpu.py on the CPU" 240 "${gpu_py[@]}" --budget 230 --out "$work/trial.json"; then
     report "$work/trial.json"
     if [[ -n ${OUT:-} ]]; then cp "$work"/trial.* "$OUT/"; fi
   fi
@@ -117,7 +127,7 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 echo "== $gpu"
 
 missing=()
-for module in pip scikit_build_core pybind11 pytest hypothesis; do
+for module in pip scikit_build_core pybind11 pytest xdist hypothesis; do
   "$python" -c "import $module" 2>/dev/null || missing+=("$module")
 done
 for tool in nvcc cmake; do
@@ -150,23 +160,16 @@ cuda = gspn_core.info()["cuda"]
 print(gspn_core.__file__, cuda)
 raise SystemExit(0 if cuda["compiled"] else 1)' || abandon "gspn_core has no CUDA kernels"
 
-# Tests get 45% of what is left and skip, with the reason, those whose turn comes too late; the benchmark gets the rest.
-tests_s=$(($(left) * 45 / 100))
 cd "$package"
-log=${OUT:-$work}/gpu-tests.log
-step "GPU tests" $((tests_s + 45)) env GSPN_TEST_SECONDS="$tests_s" bash -o pipefail -c \
-  '"$0" -m pytest -m cuda -p no:cacheprovider --durations=10 2>&1 | tee -i "$1"' "$python" "$log" || true
-skipped=$(grep -c 'GSPN_TEST_SECONDS' "$log" 2>/dev/null) || skipped=0
-((skipped)) && summary+=("GPU tests: some were not run for want of time, see the skips above")
-[[ -s $log ]] && summary+=("GPU tests: $(tail -n 1 "$log")")
-
 mkdir -p "$results"
-outs=(--out "$results")
-[[ -n ${OUT:-} ]] && outs+=("$OUT")
+outs=(--out ${OUT:+"$OUT"} "$results") # the tests' log and the profiles go beside the first
+[[ -n $resume ]] && outs=(--resume "$resume")
 touch "$work/before"
-grace=25 # for the case in hand, the table and the plot
-gpu_py=("$python" "$benchmarks/gpu.py" --progress --budget $(($(left) - 15 - grace)))
-step "benchmark" $(($(left) - 15)) "${gpu_py[@]}" "${outs[@]}" || true
-find "$results" ${OUT:+"$OUT"} -maxdepth 1 -name '*.json' -newer "$work/before" >"$work/written"
+reports=15 # for the table and the plot
+gpu_py=("$python" "$benchmarks/gpu.py" --progress --processes 8 --budget $(($(left) - reports)))
+step "checks and benchmark" $(($(left) - reports + 5)) "${gpu_py[@]}" "${outs[@]}" || true
+[[ -n $resume && -n ${OUT:-} ]] && cp -p "$resume" "$OUT/"
+written=("$results" ${OUT:+"$OUT"} ${resume:+"$resume"})
+find "${written[@]}" -maxdepth 1 -name '*.json' -newer "$work/before" | sort -u >"$work/written"
 while IFS= read -r file; do report "$file"; done <"$work/written"
 finish

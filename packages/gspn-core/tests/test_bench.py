@@ -202,7 +202,8 @@ def test_plot(trial, tmp_path):
 
 # ---- the model of what kernels take
 
-# cuda.md's floors in us on an H200, bf16, four directions: (H, W, N, C), then forward and backward with G = C' = 1 and C.
+# The design study's floors in us on an H200, bf16, four directions, by (H, W, N, C): forward and backward with
+# G = C' = 1, then with G = C' = C.
 FLOORS = {
     (56, 56, 128, 2): (4.5, 8.8, 8.2, 16),
     (28, 28, 128, 16): (2.4, 4.5, 16, 33),
@@ -278,7 +279,8 @@ def test_floors_are_the_bytes_of_the_cases(model):
         ({"l2_ratio": 4.0}, {}, "L2"),
         ({"instructions_per_32": 90.0}, {}, "issue slots"),
         ({"instructions_per_32": 90.0, "alu_per_32": 80.0}, {}, "ALU"),
-        ({}, {"size": (1024, 1024, 1, 2)}, "latency of lines"),
+        ({}, {"size": (1024, 1024, 1, 2)}, "latency of memory"),
+        ({"instructions_per_32": 80.0}, {"size": (1024, 1024, 1, 2)}, "latency of lines"),
         ({}, {"size": (4, 64, 1, 1)}, "launches"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -388,7 +390,7 @@ def staged(tmp_path, bench_path, monkeypatch):
     (tmp_path / "worker.py").write_text(FAKE_WORKER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stages, "END", 0.5)
-    monkeypatch.setattr(stages, "START", 5.0)
+    monkeypatch.setattr(stages, "START", 2.0)
 
     def run(names, *options, device="NVIDIA H200"):
         cases = [Fake(group=group, name=name, passes=("forward", "backward")) for group, name in names]
@@ -445,17 +447,12 @@ def test_a_record_of_another_device_is_not_gone_on_with(staged, tmp_path):
 
 def test_the_whole_ends_within_its_budget(staged):
     began = time.monotonic()
-    status, record = staged(
-        [("targets", "slow"), ("targets", "slow, too"), ("shapes", "last")],
-        "--budget",
-        "3.5",
-        "--stages",
-        "targets",
-        "rest",
-    )
+    names = [("targets", "slow"), ("targets", "slow, too"), ("shapes", "last"), ("shapes", "slow at last")]
+    status, record = staged(names, "--budget", "3.5", "--stages", "targets", "rest")
     assert time.monotonic() - began < 3.5 + 1
     found = states(record)
     assert status == 1 and found["slow", "backward"][0] == found["slow, too", "forward"][0] == "not run"
+    assert "took more than" in found["slow at last", "backward"][1]
     assert found["last", "forward"] == ("measured", None)  # a stage leaves the next ones their time
     assert record["stages"][0]["state"] == "stopped, its time was used up"
 
@@ -501,7 +498,7 @@ def test_a_sticky_error_ends_a_process_and_no_other_test(bench_path, tmp_path):
     assert found["skips"] == {"no place for it": 1} and "crashed while running" in (tmp_path / "log").read_text()
     found = stages.run_tests(file, "hangs or good", 3, 1, None)
     assert found["state"] == "stopped after 3 s" and found["passed"] == 1
-    assert stages.run_tests(file, "no such", 60, 1, None)["state"] == "finished"
+    assert stages.run_tests(file, "absent", 60, 1, None)["state"] == "finished"
 
 
 FAKE_NCU = """#!/bin/sh

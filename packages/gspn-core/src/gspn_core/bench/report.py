@@ -18,10 +18,14 @@ Row = dict[str, Any]
 NOTES = """\
 Times in us: `time` is a single call (on a GPU with the cache flushed), `in a row` and `graph` a call among several
 without a flush. `floor` is the time in which a copy would move the same bytes, read and written."""
+MODEL_NOTE = (
+    "`model` is what benchmarks/model.py predicts from the machine code, with rates that are assumed, and what binds."
+)
 
 # Of numbers: the quantity of a row.
 COLUMNS = {"MB": "bytes", "bytes": "saved_bytes", "of": "allowed_bytes", "floor": "floor_us", "time": "time_us"}
 COLUMNS |= {"time / floor": "ratio", "GB/s": "bytes_per_s", "in a row": "row_us", "graph": "graph_us"}
+COLUMNS |= {"seconds": "seconds", "model": "predicted_us"}
 SCALES = {"MB": 1e-6, "GB/s": 1e-9}
 
 
@@ -30,7 +34,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [f"# {_title(record)}", "", _provenance(record), ""]
     if record["copy"]:
         lines += [f"A large copy moves {_number(record['copy']['bytes_per_s'] * 1e-9)} GB/s, read and written.", ""]
-    lines += [NOTES, ""]
+    lines += [NOTES, *([MODEL_NOTE] if any("predicted_us" in row for row in record["rows"]) else []), ""]
     for group in dict.fromkeys(row["group"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["group"] == group]
         lines += [f"## {group}", ""]
@@ -41,6 +45,7 @@ def table(record: dict[str, Any]) -> str:
         left = [row for row in rows if row["status"] != "measured"]
         lines += [f"- {row['case']}, {row['pass']}: {row['status']}, {row['reason']}" for row in left]
         lines += [""] if left else []
+    lines += _stages(record)
     return "\n".join(lines).rstrip()
 
 
@@ -53,7 +58,28 @@ def _cells(row: Row) -> dict[str, str]:
     met = {True: "yes", False: "no", None: "unknown"}
     targets = [f"{t['quantity']} {t['comparison']} {t['value']:g}: {met[t['met']]}" for t in row["targets"]]
     numbers = {column: _number(row.get(key), SCALES.get(column, 1.0)) for column, key in COLUMNS.items()}
-    return {"case": row["case"], "pass": row["pass"], **numbers, "versus": compared, "target, met": "; ".join(targets)}
+    about = {"bound by": row.get("bound_by") or "", "versus": compared, "target, met": "; ".join(targets)}
+    return {"case": row["case"], "pass": row["pass"], **numbers, **about}
+
+
+def _stages(record: dict[str, Any]) -> list[str]:
+    """Return what benchmarks/gpu.py adds to a record: its stages, tests, and the profiler's figures."""
+    lines: list[str] = []
+    if "stages" in record:
+        lines += ["## stages", ""]
+        lines += [
+            f"- {s['name']}: {s['state']}, {s['seconds']:.0f} of {s['limit']:.0f} s" for s in record["stages"]
+        ] + [""]
+    for name, tests in record.get("accuracy", {}).items():
+        counts = ", ".join(f"{tests[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+        lines += [f"## accuracy, {name}", "", f"{counts}; {tests['state']}.", ""]
+        about = [f"- {test['test']}: {test['reason']}" for test in tests["failures"]]
+        about += [f"- {count} skipped: {reason}" for reason, count in tests["skips"].items()]
+        lines += [*about, ""] if about else []
+    for name, result in record.get("profile", {}).items():
+        figures = [f"- {metric}: {value}" for metric, value in result.items()]
+        lines += [f"## profile of {name}", "", *figures, ""]
+    return lines
 
 
 def _aligned(rows: Sequence[dict[str, str]]) -> list[str]:

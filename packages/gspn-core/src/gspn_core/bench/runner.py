@@ -11,8 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,9 +48,13 @@ def select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
 def execute(cases: Sequence[Case], lab: Lab, args: argparse.Namespace, *, sources: Path | None = None) -> int:
     """Run the cases, print and write the results; return 1 if a case failed. Records the git revision of `sources`."""
     record = make_record(cases, lab, sources)
-    files = [_new_file(out, record) for out in args.out or ()]
-    with torch.cuda.stream(lab.stream) if lab.stream is not None else nullcontext():
-        run(cases, lab, record, files=files, progress=args.progress)
+    files = [new_file(out, record) for out in args.out or ()]
+    run(cases, lab, record, files=files, progress=args.progress)
+    return conclude(record, files, args)
+
+
+def conclude(record: dict[str, Any], files: Sequence[Path], args: argparse.Namespace) -> int:
+    """Print the results, and what failed; return 1 if a case did."""
     print(json.dumps(record) if args.json else table(record))
     statuses = [row["status"] for row in record["rows"]]
     for row in record["rows"]:
@@ -109,45 +112,49 @@ def run(
             gc.collect()
             torch.cuda.empty_cache()
             if lab.left() > 0:
-                _run_case(case, rows, lab, measured)
-                _derive(cases, record, measured)
+                figures: dict[str, Figures] = {}
+                settle(rows, figures, *attempt(case, lab, figures.__setitem__))
+                measured.update({(case.name, name): timing for name, timing in figures.items()})
+                derive(cases, record, measured)
             else:
                 for row in rows.values():
                     row["reason"] = f"the budget of {lab.budget:g} s was used up"
             write(record, files)
 
 
-def _run_case(case: Case, rows: dict[str, Row], lab: Lab, measured: dict[tuple[str, str], Figures]) -> None:
-    """Fill the rows of a case, and add the figures of all that it timed to `measured`."""
-    figures: dict[str, Figures] = {}
-    status, reason = "failed", "not measured"
+def attempt(case: Case, lab: Lab, found: Callable[[str, Figures], None]) -> tuple[str, str]:
+    """Measure a case, and report the figures of each function as they come; return the state of passes without any."""
     try:
         for name, timing in case.measure(lab):
             moved = case.bytes(name)
-            rate = {} if moved is None else {"bytes_per_s": moved / timing["time_us"] * 1e6}
-            figures[name] = timing | rate
+            found(name, timing | ({} if moved is None else {"bytes_per_s": moved / timing["time_us"] * 1e6}))
     except DisagreementError as error:
-        figures.clear()
-        status, reason = "wrong", str(error)
+        return "wrong", str(error)
     except UnavailableError as error:
-        status, reason = "not run", str(error)
+        return "not run", str(error)
     except torch.OutOfMemoryError as error:  # of a GPU
-        status, reason = "skipped", first_line(error)
+        return "skipped", first_line(error)
     except Exception as error:  # a case that fails keeps no other from its turn
-        reason = first_line(error)
+        return "failed", first_line(error)
+    return "failed", "not measured"
+
+
+def settle(rows: Mapping[str, Row], figures: dict[str, Figures], status: str, reason: str) -> None:
+    """Fill the rows of a case. Passes that were measured keep their figures, unless a result is wrong."""
+    if status == "wrong":
+        figures.clear()
     for name, row in rows.items():
         state = {"status": "measured", "reason": None} if name in figures else {"status": status, "reason": reason}
         row |= state | figures.get(name, {})
-    measured.update({(case.name, name): timing for name, timing in figures.items()})
 
 
-def _derive(cases: Sequence[Case], record: dict[str, Any], measured: dict[tuple[str, str], Figures]) -> None:
+def derive(cases: Sequence[Case], record: dict[str, Any], measured: dict[tuple[str, str], Figures]) -> None:
     """Add to measured rows what follows from others: floor, ratios, and whether targets are met."""
     by_name = {(case.group, case.name): case for case in cases}
     for row in record["rows"]:
-        if row["status"] != "measured":
+        case, name = by_name.get((row["group"], row["case"])), row["pass"]
+        if case is None or row["status"] != "measured":
             continue
-        case, name = by_name[row["group"], row["case"]], row["pass"]
         rival = case.versus.get(name, ("", ""))
         roof = measured[case.name, case.roof[name]] if name in case.roof else record["copy"]
         if roof is not None and "bytes_per_s" in row:
@@ -170,7 +177,7 @@ def write(record: dict[str, Any], files: Sequence[Path]) -> None:
         unfinished.replace(file)
 
 
-def _new_file(out: Path, record: dict[str, Any]) -> Path:
+def new_file(out: Path, record: dict[str, Any]) -> Path:
     """Return `out`, or in a folder `<device>-torch<version>-<date>.json`, numbered from the day's second run on."""
     if not out.is_dir():
         return out

@@ -151,8 +151,8 @@ def _mended(message: str, names: Sequence[str]) -> str:
         bare = unknown[1].removeprefix("--").replace("-", "_")
         same = [name for name in (OURS.get(unknown[1]),) if name in names]
         parts = [name for name in names if bare in name.split("_")]  # `size` of `image_size`, if of nothing else
-        close = same or difflib.get_close_matches(bare, names, n=1, cutoff=0.7) or (parts if len(parts) == 1 else [])
-        close = [f"--{name.replace('_', '-')}" if on_line else name for name in close]
+        near = same or difflib.get_close_matches(bare, names, n=1, cutoff=0.7) or (parts if len(parts) == 1 else [])
+        close = [f"--{name.replace('_', '-')}" if on_line else name for name in near if name]
         return f"unknown option {unknown[1]!r}" + (f", did you mean {close[0]!r}?" if close else "")
     # Of a type with alternatives, what each of them expects.
     words = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", words)
