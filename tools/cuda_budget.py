@@ -4,19 +4,21 @@
 
 reads the objects and the log of a build with `-Xptxas -v` and `--no-compress`, finds each kernel's loop over tiles, and
 counts what a warp executes for a full tile, per 32 elements of an image and direction. BUILD_FOLDER/traffic.json, which
-packages/gspn-core/tests/emulation/traffic.cpp prints, adds how kernels use sectors and banks. It prints a table, writes
-it to BUILD_FOLDER/budget.json, and fails where a kernel is above its limit.
+packages/gspn-core/tests/emulation/traffic.cpp prints, adds how kernels use sectors and banks. It prints a table, and
+fails where a kernel is above its limit. BUILD_FOLDER/budget.json has the rows of the table, and of the other kernels of
+scans, which packages/gspn-core/benchmarks/model.py needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,6 +99,9 @@ CASES = (
 TYPES = {"float": ("float32", "f"), "bf16": ("bfloat16", "NS0_8BFloat16E")}
 
 
+SCAN = re.compile(r"\d([a-z]+_(?:for|back)ward)INS0_6ConfigI(f|NS0_8BFloat16E)((?:Li\d+E){4})E+((?:Lb[01]E)*)")
+
+
 @dataclass(frozen=True)
 class Row:
     """What a case costs."""
@@ -120,6 +125,23 @@ def pattern_of(case: Case) -> str:
     function, kind, cover, flags = case.kernel
     numbers = "".join(f"Li{number}E" for number in cover)
     return rf"\d{function}INS0_6ConfigI{TYPES[kind][1]}{numbers}EE{''.join(f'Lb{int(flag)}E' for flag in flags)}E"
+
+
+def others(kernels: Iterable[str], known: Iterable[str]) -> dict[str, Case]:
+    """Return, by name, cases without limits for the kernels of scans that no case is about."""
+    found = {}
+    for name in sorted(set(kernels) - set(known)):
+        if match := SCAN.search(name):
+            kind = next(kind for kind, (_, mangled) in TYPES.items() if mangled == match[2])
+            p, k, cw, segments = (int(number) for number in re.findall(r"Li(\d+)E", match[3]))
+            kernel = (
+                match[1],
+                kind,
+                (p, k, cw, segments),
+                tuple(flag == "1" for flag in re.findall(r"Lb(.)E", match[4])),
+            )
+            found[name] = Case(f"other: {match[0][1:]}", kernel, math.inf, sys.maxsize, sys.maxsize)
+    return found
 
 
 def tile_loops(graph: Graph, loops: list[Loop]) -> list[Loop]:
@@ -245,7 +267,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         rows.append(measure(case, kernels[name], reports[name], traffic.get(case.case, {})))
         faults += judge(case, rows[-1])
-    (options.build / "budget.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    further = others(reports.keys() & kernels.keys(), (row.kernel for row in rows))
+    written = [*rows, *(measure(case, kernels[name], reports[name], {}) for name, case in further.items())]
+    (options.build / "budget.json").write_text(json.dumps([asdict(row) for row in written], indent=1) + "\n")
     print(show(rows))
     print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
     return 1 if faults else 0

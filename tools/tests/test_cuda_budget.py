@@ -146,3 +146,21 @@ def test_missing_kernels_and_the_json(tmp_path, capsys, monkeypatch):
     assert "other: no kernel" in capsys.readouterr().err
     (written,) = json.loads((tmp_path / "budget.json").read_text())
     assert written["case"] == "test" and written["instructions_per_32"] == row.instructions_per_32
+
+
+def test_other_kernels_are_measured_too(tmp_path, monkeypatch):
+    (kernel,) = cuda_sass.parse(listing()).values()
+    other, no_scan = NAME.replace("Lb0E", "Lb1E"), NAME.replace("strip_forward", "prepare_them")
+    usages = [cuda_budget.check_spills.Usage(name, 40, 0, 0) for name in (NAME, other, no_scan)]
+    case, _ = measured()
+    monkeypatch.setattr(cuda_budget, "CASES", (case,))
+    monkeypatch.setattr(cuda_budget, "disassemble", lambda *_: {usage.kernel: kernel for usage in usages})
+    monkeypatch.setattr(cuda_budget.check_spills, "read", lambda _: usages)
+    (tmp_path / "build.log").write_text("")
+    (tmp_path / "kernels_float32.cu.o").write_bytes(b"")
+    assert cuda_budget.main([str(tmp_path)]) == 0
+    first, second = json.loads((tmp_path / "budget.json").read_text())
+    assert first["case"] == "test" and second["case"].startswith("other: strip_forward")
+    assert {key: second[key] for key in ("instructions_per_32", "registers", "lanes")} == {
+        key: first[key] for key in ("instructions_per_32", "registers", "lanes")
+    }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from workers import Worker, serve
 import gspn_core
 from gspn_core._command import Parser, UserError, add_bench_options, guarded, positive_integer
 from gspn_core.bench import runner
-from gspn_core.bench.harness import Case, Figures, Lab
+from gspn_core.bench.harness import Case, Lab
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -52,23 +51,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tests", type=Path, default=FOLDER.parent / "tests" / "test_cuda.py", metavar="FILE", help="of the accuracy")
     add("--costs", type=Path, default=COSTS, metavar="FILE", help="budget.json of nox -s cuda, for predictions")
     add("--resume", type=Path, metavar="FILE", help="a record of the same device and revision to go on with")
-    add("--cases", type=Path, metavar="FILE", help="Python with make_cases(quick=...), instead of gpu_cases.py")
     add("--serve", action="store_true", help=argparse.SUPPRESS)  # be the worker
     add("--profile", help=argparse.SUPPRESS)  # make this call, 'pass of case', for ncu
     add_bench_options(parser)
     return parser.parse_args(argv)
-
-
-def all_cases(args: argparse.Namespace) -> list[Case]:
-    """Return checks and timed cases; those of --cases alone, if it is given."""
-    if args.cases is None:
-        return [*make_checks(quick=args.quick), *make_cases(quick=args.quick)]
-    spec = importlib.util.spec_from_file_location("other_cases", args.cases)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return list(module.make_cases(quick=args.quick))
 
 
 def answers(args: argparse.Namespace, cases: Sequence[Case]) -> int:
@@ -81,17 +67,12 @@ def answers(args: argparse.Namespace, cases: Sequence[Case]) -> int:
             return {"record": runner.make_record(cases, lab, FOLDER)}
         if request["do"] == "copy":
             return {"copy": lab.copy()}
+        state = runner.attempt(by_name[request["case"]], lab, lambda name, f: send({"pass": name, "figures": f}))
+        broken = is_broken(lab)
         gc.collect()
-        if lab.cuda:
-            torch.cuda.empty_cache()
-        found: dict[str, Figures] = {}
-
-        def report(name: str, figures: Figures) -> None:
-            found[name] = figures
-            send({"pass": name, "figures": figures})
-
-        state = runner.attempt(by_name[request["case"]], lab, report)
-        return {"state": state, "broken": is_broken(lab)}
+        if lab.cuda and not broken:
+            torch.cuda.empty_cache()  # other processes need the memory, too
+        return {"state": state, "broken": broken}
 
     with torch.cuda.stream(lab.stream) if lab.stream is not None else nullcontext():
         return serve(answer)
@@ -141,9 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         if args.device == "cpu" and not args.quick:
             raise UserError("--device cpu only tries the program: it needs --quick")
-        if args.cases is not None and not args.cases.is_file():
-            raise UserError(f"--cases must name a file, got {str(args.cases)!r}")
-        cases = all_cases(args)
+        cases = [*make_checks(quick=args.quick), *make_cases(quick=args.quick)]
         if args.serve:
             return answers(args, cases)
         if args.profile:
@@ -160,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out = args.out or ([] if args.quick else [RESULTS])
         if args.quick and any(RESULTS in (out.absolute(), *out.absolute().parents) for out in args.out):
             raise UserError(f"trial runs do not belong under {RESULTS}")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("torch finds no GPU")
         if args.device == "cuda" and not gspn_core.info()["cuda"]["compiled"]:
             raise UserError("this gspn_core has no CUDA kernels, see `gspn-core info`")
         if RESULTS in args.out:
@@ -167,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The program itself never touches the GPU, so that no error of it can end the run.
         options = ["--device", args.device, *(["--quick"] if args.quick else [])]
         options += ["--repeats", str(args.repeats)] if args.repeats else []
-        options += ["--cases", str(args.cases)] if args.cases else []
         command = [sys.executable, str(Path(__file__).resolve()), *options]
         stages = Run(args, selected, Worker([*command, "--serve"]), command)
         return stages.run()

@@ -6,11 +6,11 @@ usage() {
   cat <<'HELP'
 usage: gpu.sh [--dry-run] [--budget SECONDS] [--resume FILE] [--help]
 
-Builds gspn-core from this checkout, then runs benchmarks/gpu.py: what only hardware shows, the timings of the targets, the
-tests on the GPU (tests/test_cuda.py, in several processes), the other timings, and a profile of five kernels where ncu is
-on PATH. Writes benchmarks/results/<gpu>-torch<version>-<date>.json after every case, with a table, a plot and the tests'
-log beside it, and copies to $OUT if that is set. Ends with one line for each step, and with a status other than 0 if any
-failed. What the time does not allow is listed as not run; --resume goes on with it.
+Builds gspn-core from this checkout, then runs benchmarks/gpu.py: what only hardware shows, the timings of the targets,
+the tests on the GPU (tests/test_cuda.py, in several processes), the other timings, and a profile of five kernels if ncu
+is on PATH. Writes benchmarks/results/<gpu>-torch<version>-<date>.json after every case, with a table, a plot and the
+log of the tests beside it, and the same to $OUT if that is set. Ends with one line for each step, and with a status
+other than 0 if any failed. What the time does not allow is listed as not run; --resume goes on with it.
 
   --dry-run          what can be tried without a GPU: compile line_launch.cu if nvcc is there, run gpu.py on the CPU with
                      tiny shapes, make its table and plot; nothing is installed or written to results
@@ -172,4 +172,15 @@ step "checks and benchmark" $(($(left) - reports + 5)) "${gpu_py[@]}" "${outs[@]
 written=("$results" ${OUT:+"$OUT"} ${resume:+"$resume"})
 find "${written[@]}" -maxdepth 1 -name '*.json' -newer "$work/before" | sort -u >"$work/written"
 while IFS= read -r file; do report "$file"; done <"$work/written"
+# What the status of the benchmark does not tell.
+while IFS= read -r line; do summary+=("$line"); done < <("$python" - "$(head -n 1 "$work/written")" <<'PYTHON'
+import json, sys
+record = json.load(open(sys.argv[1])) if sys.argv[1] else {"stages": [], "accuracy": {}}
+for stage in record["stages"]:
+    print(f"  {stage['name']}: {stage['state']}, {stage['seconds']:.0f} of {stage['limit']:.0f} s")
+for name, tests in record["accuracy"].items():
+    counts = ", ".join(f"{tests[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    print(f"  tests {name}: {counts}; {tests['state']}")
+PYTHON
+)
 finish

@@ -1,5 +1,6 @@
 """The emulator of CUDA kernels detects what it claims to: emulation/selftest.cpp, with and without sanitizers."""
 
+import importlib
 import os
 import re
 import shutil
@@ -198,6 +199,14 @@ def test_asynchronous_copies(selftest):
         "copy_async of an address that is not aligned",
         "copy_async of an address that is not aligned",
     ]
+
+
+def test_every_mutant_is_of_the_kernels(monkeypatch):
+    """Each changes one place; whether the tests notice it takes minutes, in `nox -s mutants`."""
+    monkeypatch.syspath_prepend(str(SOURCE.parent))
+    mutants = importlib.import_module("mutants")
+    texts = {path.name: path.read_text() for path in mutants.CUDA.glob("*.cuh")}
+    assert [mutant.name for mutant in mutants.MUTANTS if texts[mutant.file].count(mutant.before) != 1] == []
 
 
 def test_bad_launches(selftest):

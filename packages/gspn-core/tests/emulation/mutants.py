@@ -65,13 +65,13 @@ MUTANTS = (
     Mutant(
         "wrong difference", "values", "step.cuh", "line.c[q] * (right(q) - h[q]);", "line.c[q] * (right(q) - left(q));"
     ),
-    Mutant("vectors: left border", "values", "columns.cuh", "q > 0 || from.left", "q > 1 || from.left"),
+    Mutant("vectors: left border", "values", "columns.cuh", "q > 0 ? ~0u : from.left", "q > 1 ? ~0u : from.left"),
     Mutant(
         "vectors: half a tile too late",
         "values",
         "columns.cuh",
-        "rows[1 - half].load(columns, first + kRows)",
-        "rows[1 - half].load(columns, first)",
+        "rows[1 - half].load(columns, first + kRows, job.end)",
+        "rows[1 - half].load(columns, first, job.end)",
     ),
     Mutant(
         "vectors: sums of a neighbour",
@@ -89,13 +89,6 @@ MUTANTS = (
         "rows.cuh",
         "wait_for_copies<1>();\n    __syncwarp();",
         "wait_for_copies<1>();",
-    ),
-    Mutant(
-        "copies: to a stage in use",
-        "thread",
-        "rows.cuh",
-        "    __syncwarp();  // the stage is free for new copies\n",
-        "",
     ),
     Mutant("copies: both stages in one place", "values", "rows.cuh", "(slot ^ 1) * stage_bytes", "slot * stage_bytes"),
     Mutant(
@@ -157,13 +150,6 @@ MUTANTS = (
     ),
     Mutant("shared: no slack behind the images", "address", "shared.cuh", " + slack(p);", ";"),
     Mutant("shared: weights of a neighbour's set", "values", "shared.cuh", "channel / l.share)", "first / l.share)"),
-    Mutant(
-        "gradients: copies to memory in use",
-        "thread",
-        "row_backward.cuh",
-        "    __syncwarp();  // the memory is free for new copies\n",
-        "",
-    ),
     Mutant("gradients: no wait", "values", "row_backward.cuh", "    wait_for_copies<0>();\n", ""),
     Mutant(
         "gradients: stored before they are there",
