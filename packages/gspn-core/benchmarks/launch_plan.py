@@ -13,8 +13,9 @@ BLOCK_SHARED = 232448  # bytes of shared memory that one block may have
 INTERVAL = 16  # lines between checkpoints
 FORWARD, SAVING, BACKWARD = PASSES = ("forward", "forward, checkpoints saved", "backward")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-Cover = tuple[int, int, int, int]  # P, K, CW, SEG, as in config.cuh
+Cover = tuple[int, int, int, int]  # P, K, CW, SEG, as in step.cuh
 LONG: Cover = (4, 4, 1, 1)
+VECTOR_LENGTH = 32  # shorter lines take the general kernels
 SHORT: tuple[Cover, ...] = ((1, 8, 1, 4), (1, 8, 1, 2), (1, 8, 1, 1), (2, 8, 1, 1), LONG)
 FUSED = ((16, (4, 4, 1, 8)), (32, (4, 4, 1, 4)), (64, (4, 4, 1, 2)), (128, LONG))  # by the longest line
 SHARED_COVERS = ((7, (7, 1, 1, 32)), (14, (7, 1, 1, 16)), (28, (7, 1, 1, 8)), (56, (7, 1, 1, 4)))
@@ -151,6 +152,7 @@ def _direction(shape: Shape, which: str, direction: str, sms: int) -> Launch:
     owns = shape.groups == c and {shape.lam, shape.u} <= {0, c}
     fits = h % 4 == 0 and w % (INTERVAL if backward else 16 // bytes_) == 0 if horizontal else w % 4 == 0
     suffix = "backward" if backward else "forward"
+    fits = fits and (h if horizontal else w) >= VECTOR_LENGTH
     if fits and (owns or not backward):
         flags = (shape.logits, direction == "right_to_left") if horizontal else (shape.logits,)
         name = f"{'row' if horizontal else 'column'}_{suffix}"
@@ -168,7 +170,8 @@ def _tile_bytes(shape: Shape, name: str) -> int:
     if name == "column_backward":
         return 32 * ((INTERVAL + 1) * 16 + 3 * INTERVAL * 4 * bytes_)
     if name == "row_forward":
-        return 2 * 4672 * (5 if shape.lam else 4) + (4736 if bytes_ == 2 else 0)
+        stage = -(-4672 * (5 if shape.lam else 4) // 128) * 128
+        return stage + 4736 if bytes_ == 2 else 2 * stage  # stages, and room for states
     if name == "row_backward":  # inputs, the gradient of x where its type differs, and states
         return (5 + gates) * 512 * (4 * bytes_ + 1) + (8704 if bytes_ == 2 else 0) + 17 * 512
     return 0

@@ -595,19 +595,28 @@ def kernels_of(f):
 
 
 @pytest.mark.parametrize(
-    "kind,size,directions",
-    [("resident", (74, 74), DIRECTIONS), ("strip", (10, 200), DIRECTIONS), ("strip", (74, 74), ["top_to_bottom"])],
+    "kind,size,directions,channels,groups",
+    [
+        ("resident", (74, 74), DIRECTIONS, 2, 1),
+        ("shared", (14, 14), DIRECTIONS, 8, 1),
+        ("fused", (16, 16), DIRECTIONS, 2, 2),
+        ("column", (36, 200), ["top_to_bottom"], 2, 2),
+        ("row", (200, 48), ["left_to_right"], 2, 2),
+        ("strip", (10, 201), DIRECTIONS, 2, 1),
+        ("strip", (74, 74), ["top_to_bottom"], 2, 1),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kernel_of_a_shape(dtype, kind, size, directions):
-    """A small image in several directions stays in shared memory if a block has enough of it; others pass in
-    strips. A backward always does.
+def test_kernel_of_a_shape(dtype, kind, size, directions, channels, groups):
+    """A small image in several directions takes one launch; long lines of aligned rows with weights of every channel
+    have kernels of their own, forward and backward; others pass in strips.
     """
     if kind == "resident" and torch.cuda.get_device_capability() not in ((8, 0), (9, 0), (10, 0)):
         pytest.skip("the shared memory of a block on this device may be too small for the resident kernel at 74x74")
-    inputs = on_gpu(propagate_inputs(1, 2, *size, d=len(directions), lam=1, u=1, dtype=dtype), True)
-    dy = torch.ones(1, 2, *size, dtype=dtype, device="cuda")
+    inputs = propagate_inputs(1, channels, *size, d=len(directions), groups=groups, lam=groups, u=groups, dtype=dtype)
+    inputs = on_gpu(inputs, True)
+    dy = torch.ones(1, channels, *size, dtype=dtype, device="cuda")
 
     def forward():
         with torch.no_grad():
@@ -617,7 +626,8 @@ def test_kernel_of_a_shape(dtype, kind, size, directions):
     assert ours and all(kind in name for name in ours), ours
     y = propagate(*inputs, directions=directions)
     names = kernels_of(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
-    assert any("strip" in name and "backward" in name for name in names), names
+    backward = kind if kind in ("row", "column") else "strip"
+    assert any(backward in name and "backward" in name for name in names), names
 
 
 # ---- under compute-sanitizer

@@ -45,6 +45,9 @@ constexpr Cover kLongest = {8, 2, 1, 1};
 constexpr Cover kDouble[] = {{1, 4, 1, 1}, {2, 4, 1, 1}};
 // A block has four channels that share weights, which are then normalised once for the four.
 constexpr int kSharing = 4;
+// Kernels of vectors cover 128 positions with a warp. Shorter lines than this are cheaper in general ones, which cover
+// fewer, or several channels.
+constexpr int kVectorLength = 32;
 // Weights that at least so many channels share are normalised and laid out once for all, which takes 16 bytes a
 // position of every direction.
 constexpr int kShared = 8;

@@ -18,16 +18,19 @@ struct RowStage {
   static constexpr int kUnit = 16 / int(sizeof(T));  // lines of a unit
   static constexpr int kLines = 2 * kUnit;
   static constexpr int kGroups = kLines / 4;  // of four lines
+  // Stages of a warp. Two hide the time of copies, but in 16 bits, where a stage has twice the lines, more warps
+  // instead of a second stage do so better.
+  static constexpr int kSlots = sizeof(T) == 2 ? 1 : 2;
   // The four rows of a lane are followed by a unit of padding: lanes then read from different banks. Inputs are an odd
   // multiple of 64 bytes apart, see state_offset.
   static constexpr int kInput = 16 * (32 * 9 + 4);
   static constexpr int kX = 3 * kInput, kLam = 4 * kInput;         // behind the weights
-  static constexpr int kExtra = sizeof(T) == 2 ? kInput + 64 : 0;  // room for states, behind both stages of a warp
+  static constexpr int kExtra = sizeof(T) == 2 ? kInput + 64 : 0;  // room for states, behind the stages of a warp
 
   static GSPN_HOST_DEVICE int bytes(const Params& p) {
     return ((p.lam.data == nullptr ? 4 : 5) * kInput + 127) / 128 * 128;
   }
-  static GSPN_HOST_DEVICE int bytes_of_warp(const Params& p) { return 2 * bytes(p) + kExtra; }
+  static GSPN_HOST_DEVICE int bytes_of_warp(const Params& p) { return kSlots * bytes(p) + kExtra; }
   static __device__ __forceinline__ int offset(int row, int unit) { return 16 * (row / 4 * 9 + row % 4 * 2 + unit); }
 
   // Where the state of a group's four lines goes, from the start of the stage: to the place of inputs that have been
@@ -265,13 +268,16 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
   if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
   A h[C::P] = {};
 #pragma unroll 1
-  for (int next; number != after; number = next, slot ^= 1) {
+  for (int next; number != after; number = next, slot ^= Stage::kSlots - 1) {
     next = number + (kReversed ? -1 : 1);
     unsigned char* const stage = stages + slot * stage_bytes;
-    const int extra = (2 - slot) * stage_bytes;  // from this stage
-    if (next != after) strip.copy(stages + (slot ^ 1) * stage_bytes, next * Stage::kLines, p);
-    commit_copies();
-    wait_for_copies<1>();
+    const int extra = (Stage::kSlots - slot) * stage_bytes;  // from this stage
+    const auto copy_next = [&](unsigned char* to) {
+      if (next != after) strip.copy(to, next * Stage::kLines, p);
+      commit_copies();
+    };
+    if (Stage::kSlots == 2) copy_next(stages + (slot ^ 1) * stage_bytes);
+    wait_for_copies<Stage::kSlots - 1>();
     __syncwarp();
 #pragma unroll 1
     for (int turn = 0; turn < Stage::kGroups; ++turn) {
@@ -306,6 +312,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
     __syncwarp();
     strip.template store<kStochastic, kReversed>(stage, extra, number * Stage::kLines, width);
     __syncwarp();  // the stage is free for new copies
+    if (Stage::kSlots == 1) copy_next(stage);
   }
   wait_for_copies<0>();
   if (l.cluster > 1) cluster_barrier();  // no block exits while a neighbour may still write to its memory

@@ -33,7 +33,8 @@ bool launch_rows(const Params& p, int d, const Limits& device, void* sums, cudaS
     const Scan scan = make_scan(p, d);
     const auto bytes = [&](const Cover&, int per_block) { return row_forward_bytes<C>(p, per_block, true); };
     Plan plan;
-    if (!rows_fit<C>(p, scan) || !plan_cover(p, d, device, selected_path, kForwardWarps, kLong, bytes, plan))
+    if (scan.length < kVectorLength || !rows_fit<C>(p, scan) ||
+        !plan_cover(p, d, device, selected_path, kForwardWarps, kLong, bytes, plan))
       return false;
     const StripLaunch l = strip_launch(p, plan, d, sums);
     const auto kernel = p.stochastic ? (scan.reversed ? row_forward<C, true, true> : row_forward<C, true, false>)
@@ -53,7 +54,8 @@ bool launch_columns(const Params& p, int d, const Limits& device, void* sums, cu
     const auto halos = [](int per_block) { return sizeof(typename C::A) * per_block * Strips<C>::kBuffer; };
     const auto bytes = [&](const Cover&, int per_block) { return halos(per_block); };
     Plan plan;
-    if (!columns_fit<C>(p, make_scan(p, d)) ||
+    const Scan scan = make_scan(p, d);
+    if (scan.length < kVectorLength || !columns_fit<C>(p, scan) ||
         !plan_cover(p, d, device, selected_path, kForwardWarps, kLong, bytes, plan))
       return false;
     const StripLaunch l = strip_launch(p, plan, d, sums);
@@ -71,7 +73,7 @@ bool launch_vector_backward(const Params& p, int d, const Limits& device, void* 
   if constexpr (kHasRows<C>) {
     const Scan scan = make_scan(p, d);
     const bool columns = column_gradients_fit<C>(p, scan), rows = row_gradients_fit<C>(p, scan);
-    if (!columns && !rows) return false;
+    if (scan.length < kVectorLength || (!columns && !rows)) return false;
     const auto bytes_of = [&](int per_block, bool halos) {
       return columns ? column_backward_bytes<C>(p, per_block, halos) : row_backward_bytes<C>(p, per_block, halos);
     };

@@ -106,7 +106,7 @@ int main(int count, char** arguments) {
       {"strip", f32, 1, 2, 21, 150, 2, 2, 0, true, {2, 3}},    // two strips of a block
       {"strip", f32, 1, 2, 150, 21, 1, 1, 7, false, {0}},      // shared weights of line_scan, two strips, chunks
       {"cluster", f32, 1, 2, 19, 260, 1, 2, 0, true, {3, 2}},  // strips in several blocks
-      {"strip", f32, 1, 2, 12, 28, 2, 2, 0, true, {0, 1}},     // rows of sectors, the last one of half a sector
+      {"strip", f32, 1, 2, 32, 28, 2, 2, 0, true, {0, 1}},     // rows of sectors, the last one of half a sector
       {"cluster", f32, 1, 1, 132, 24, 1, 1, 0, false, {1}},    // the same, strips in two blocks
       {"auto", f32, 1, 3, 8, 12, 3, 3, 5, true, all},          // fused, a ragged group of channels
       {"auto", f32, 1, 17, 7, 10, 1, 1, 4, true, all},         // weights and gates of all channels, normalised once
