@@ -227,9 +227,18 @@ def judge(case: Case, row: Row) -> list[str]:
 
 def show(rows: list[Row]) -> str:
     """Lay rows out as a table."""
-    columns = ("case", "instructions", "ALU", "local", "bytes a load", "registers", "spills", "loop bytes")
+    columns: tuple[str, ...] = (
+        "case",
+        "instructions",
+        "ALU",
+        "local",
+        "bytes a load",
+        "registers",
+        "spills",
+        "loop bytes",
+    )
     columns += ("sectors", "wavefronts")
-    lines = [columns]
+    lines: list[tuple[str, ...]] = [columns]
     for row in rows:
         lines.append(
             tuple("-" if v is None else str(v) for name, v in asdict(row).items() if name not in ("kernel", "lanes"))
