@@ -40,20 +40,32 @@ def reason_of(report):
     return str(crash.message if crash else report.longrepr).strip()[:500]
 
 
+def is_worker(config):
+    """Tell whether this is a process of pytest-xdist (its environment variables are inherited, and tell nothing)."""
+    return hasattr(config, "workerinput")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """End a process of pytest-xdist that has become useless."""
     report = yield
-    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and broken():
+    if report.failed and is_worker(item.config) and broken():
         write(item.nodeid, "failed", f"{reason_of(report)} (and its process was ended)", report.duration)
         os._exit(3)
     return report
 
 
-def pytest_runtest_logreport(report):
-    """Write the result of a test."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the process that started it reports
-        return
-    if report.when == "call" or report.outcome != "passed":
-        reason = None if report.outcome == "passed" else reason_of(report)
-        write(report.nodeid, report.outcome, reason, report.duration)
+class Reporter:
+    """Writes the results of all tests."""
+
+    def pytest_runtest_logreport(self, report):
+        """Write the result of a test."""
+        if report.when == "call" or report.outcome != "passed":
+            reason = None if report.outcome == "passed" else reason_of(report)
+            write(report.nodeid, report.outcome, reason, report.duration)
+
+
+def pytest_configure(config):
+    """Let the process report that has started the workers, if there are any."""
+    if not is_worker(config):
+        config.pluginmanager.register(Reporter())
