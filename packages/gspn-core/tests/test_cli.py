@@ -98,6 +98,8 @@ def test_as_a_module_a_closed_output_and_an_interrupt():
     done = subprocess.run([*command, "info", "--json"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(["sh", "-c", '"$0" "$@" >&-', *command, "info"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "standard output is closed" in done.stderr
     program = subprocess.Popen(
         [*command, "bench", "--progress"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

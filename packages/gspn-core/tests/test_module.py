@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from operator_cases import DTYPES, randn
 from torch.utils.checkpoint import checkpoint
 
-from gspn_core import DIRECTIONS, SpatialPropagation, reference
+from gspn_core import DIRECTIONS, SpatialPropagation, propagate, reference
 
 FORMS = {
     "gspn1": {"gate_rank": 2, "weight_groups": 4},
@@ -49,6 +49,27 @@ def test_any_size_and_every_parameter_has_a_gradient(module, size):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
     if min(size) > 2:
         assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(8, 5, 5), ValueError, r"the input must have shape \(N, 8, H, W\), got .*8, 5, 5"),
+        (torch.zeros(1, 7, 5, 5), ValueError, r"shape \(N, 8, H, W\), got .*1, 7, 5, 5"),
+        (torch.zeros(1, 8, 5, 5, dtype=torch.int64), TypeError, "a floating dtype, got torch.int64"),
+    ],
+)
+def test_a_wrong_input_is_named(x, error, message):
+    with pytest.raises(error, match=message):
+        SpatialPropagation(8, proxy_channels=2)(x)
+
+
+@pytest.mark.parametrize(("value", "error"), [(2.5, TypeError), (True, TypeError), ("2", TypeError), (0, ValueError)])
+def test_a_wrong_chunk_size_is_what_it_is_for_propagate(value, error):
+    x, logits = torch.zeros(1, 8, 5, 5), torch.zeros(1, 4, 1, 3, 5, 5)
+    for call in (lambda: SpatialPropagation(8, chunk_size=value), lambda: propagate(x, logits, chunk_size=value)):
+        with pytest.raises(error, match=f"chunk_size must be None or .*at least 1, got {value!r}"):
+            call()
 
 
 def test_empty_batch(module):

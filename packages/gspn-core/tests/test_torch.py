@@ -147,6 +147,17 @@ def test_torch_func(operator, transform):
         assert b.count_nonzero() > 0
 
 
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jvp of some", "per sample"])
+def test_compiled_torch_func(operator, transform):
+    ours, _, inputs = operator
+
+    def plain(*t):
+        return torch.utils._pytree.tree_leaves(TRANSFORMS[transform](ours, *t))
+
+    for a, b in zip(torch.compile(plain, backend="aot_eager")(*inputs), plain(*inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("transform", [torch.func.hessian, lambda f: torch.func.jacrev(torch.func.grad(f))])
 def test_torch_func_of_a_second_derivative_is_a_clear_error(operator, transform):
     ours, _, inputs = operator

@@ -45,10 +45,7 @@ def _wrong_setting(message: str) -> ValueError:
     """Return an error that our commands show on one line."""
     from ._command import UserError  # here, because the operator needs no command line
 
-    class WrongSetting(UserError, ValueError):
-        pass
-
-    return WrongSetting(message)
+    return UserError(message)
 
 
 @cache

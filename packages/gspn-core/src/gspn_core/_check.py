@@ -114,6 +114,16 @@ def check_logits(logits: Tensor, directions: Sequence[int]) -> None:
         raise ValueError(f"logits must have shape {expected}, got {shape}")
 
 
+@torch.fx.wrap
+def check_module_input(x: Tensor, channels: int) -> None:
+    """Raise ValueError or TypeError unless x is an input of a module of so many channels; TorchScript compiles this."""
+    if not torch.jit.is_tracing():
+        if not x.is_floating_point():
+            raise TypeError(f"the input must have a floating dtype, got {x.dtype}")
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"the input must have shape (N, {channels}, H, W), got {x.shape}")
+
+
 def check_gradient(dy: Tensor, x: Tensor, name: str) -> None:
     """Raise ValueError or TypeError unless the output's gradient matches x."""
     if dy.layout is not _STRIDED:

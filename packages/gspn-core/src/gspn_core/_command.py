@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A call that its user can correct; shown on one line."""
 
 
@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
 def guarded(program: str, run: Callable[[], int]) -> int:
     """Return the exit status of `run`, with a line instead of a traceback for what is no fault of the program."""
     try:
+        check_output()
         status = run()
         sys.stdout.flush()
         return status
@@ -64,6 +65,12 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+
+
+def check_output() -> None:
+    """Raise UserError if standard output was closed before the start: `print` would lose every result in silence."""
+    if sys.stdout is None:
+        raise UserError("standard output is closed; results need one, or /dev/null")
 
 
 def first_line(error: BaseException) -> str:

@@ -145,8 +145,11 @@ def _apply(function: Any, op: Any, *args: Any) -> Any:
 
 
 def _in_forward_mode() -> bool:
-    """Tell whether tensors may have tangents: of torch.func.jvp, or of torch.autograd.forward_ad."""
-    return forward_ad._current_level >= 0
+    """Tell whether tensors may have tangents: of torch.autograd.forward_ad, or of a transform such as torch.func.jvp.
+
+    While torch.compile traces torch.func.jvp, forward_ad does not know the level; the transforms are known.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class _Differentiable(_SingleLevelFunction):
@@ -175,7 +178,8 @@ class _Differentiable(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+        # forward_ad.unpack_dual does nothing while torch.compile traces torch.func.jvp; level 0 is the only one.
+        primals = [None if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
         none = [None] * (4 - ctx.count)
         directions, chunk_size = ctx.options
         directions = directions if ctx.count == 4 else [directions]

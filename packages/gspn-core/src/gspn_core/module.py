@@ -43,7 +43,9 @@ class SpatialPropagation(nn.Module):
     Shapes: (N, C, H, W) to (N, C, H, W), in the dtype of the parameters: float32, float64, bfloat16 or float16.
 
     Raises:
-        ValueError: a count is below 1, G does not divide P, a direction is unknown or repeated, or chunk_size < 1.
+        ValueError: a count is below 1, G does not divide P, a direction is unknown or repeated, or chunk_size < 1; in
+            a call, the input is not of shape (N, C, H, W).
+        TypeError: chunk_size is no integer, or directions no sequence; in a call, the input is not of a floating dtype.
 
     Sources: GSPN, arXiv 2501.12381, section 3 and appendix; GSPN-2, arXiv 2512.07884, section 3.
     """
@@ -69,7 +71,6 @@ class SpatialPropagation(nn.Module):
             "proxy_channels": proxy_channels,
             "gate_rank": gate_rank,
             "weight_groups": weight_groups,
-            "chunk_size": chunk_size,
         }
         for name, count in counts.items():
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
@@ -135,6 +136,7 @@ class SpatialPropagation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of x, (N, C, H, W), into a tensor of the same shape."""
+        _check.check_module_input(x, self.channels)
         v, logits, lam, u = self.project(x)
         y = torch.ops.gspn.propagate(v, logits, lam, u, self.directions, self.chunk_size)[0]
         out: Tensor = self.lift(y)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._command import check_output
 from .errors import WriteError, is_out_of_memory, is_unreachable
 
 
@@ -151,6 +152,7 @@ def run(
     words = list(sys.argv[1:] if argv is None else argv)
     resumable = bool(words) and words[0] in commands and commands[words[0]].resumable
     try:
+        check_output()
         _run(program, description, version, commands, shipped, words)
         return 0
     except BrokenPipeError:
