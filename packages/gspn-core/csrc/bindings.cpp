@@ -29,6 +29,7 @@ namespace {
 
 using gspn::Dtype;
 using gspn::Field;
+using gspn::LowRank;
 using gspn::Params;
 using gspn::cpu::Kernels;
 
@@ -112,8 +113,8 @@ struct Call {
   int threads;
 };
 
-Params make_params(const Call& call, const TensorArg& x, const TensorArg& weights, const TensorArg& lam,
-                   const TensorArg& u, std::uintptr_t checkpoints) {
+// What every call has.
+Params image_params(const Call& call, const TensorArg& x, std::uintptr_t checkpoints) {
   Params p;
   p.dtype = dtype_of(call.dtype);
   p.stochastic = call.stochastic;
@@ -126,16 +127,27 @@ Params make_params(const Call& call, const TensorArg& x, const TensorArg& weight
   p.D = int(call.directions.size());
   for (int d = 0; d < p.D; ++d) p.directions[d] = static_cast<gspn::Direction>(call.directions[d]);
   p.chunk = call.chunk, p.interval = call.interval, p.threads = call.threads;
+  p.checkpoints = reinterpret_cast<void*>(checkpoints);
+  return p;
+}
+
+Params make_params(const Call& call, const TensorArg& x, const TensorArg& weights, const TensorArg& lam,
+                   const TensorArg& u, std::uintptr_t checkpoints) {
+  Params p = image_params(call, x, checkpoints);
   const bool has_directions = item(weights.value(), 1).size() == 6;
   const char* gate = has_directions ? "ndchw" : "nchw";
   p.weights = field(weights, has_directions ? "ndckhw" : "nckhw");
   p.lam = field(lam, gate);
   p.u = field(u, gate);
-  p.checkpoints = reinterpret_cast<void*>(checkpoints);
   return p;
 }
 
 bool is_empty(const Params& p) { return p.N == 0 || p.C == 0 || p.H == 0 || p.W == 0; }
+
+void check_checkpoints(const Params& p) {
+  if (p.checkpoints == nullptr && gspn::checkpoint_offset(p, p.D) > 0 && !is_empty(p))
+    throw std::invalid_argument("the checkpoints have no memory");
+}
 
 Params forward_params(const Call& call, const TensorArg& x, const TensorArg& weights, const TensorArg& lam,
                       const TensorArg& u, const TensorArg& y, std::uintptr_t checkpoints) {
@@ -155,8 +167,7 @@ Params backward_params(const Call& call, const TensorArg& dy, const TensorArg& x
   p.dweights = field(dweights, has_directions ? "ndckhw" : "nckhw");
   p.dlam = field(dlam, gate);
   p.du = field(du, gate);
-  if (p.checkpoints == nullptr && (p.dweights || p.du) && gspn::checkpoint_offset(p, p.D) > 0 && !is_empty(p))
-    throw std::invalid_argument("the checkpoints have no memory");
+  if (p.dweights || p.du) check_checkpoints(p);
   return p;
 }
 
@@ -175,6 +186,37 @@ void backward(const Call& call, Args... args) {
   if (is_empty(p)) return;
   py::gil_scoped_release unlocked;
   selected_kernels.load()->backward(p);
+}
+
+// r, the projection (D, 5, C, R) and the bias (D, 5, C).
+LowRank low_rank(const TensorArg& r, const TensorArg& projection, const TensorArg& bias) {
+  LowRank f;
+  f.R = integer(PyTuple_GET_ITEM(item(r.value(), 1).ptr(), 1));
+  f.r = field(r, "nchw"), f.projection = field(projection, "dkcw"), f.bias = field(bias, "dkc");
+  return f;
+}
+
+void low_rank_forward(const Call& call, const TensorArg& x, const TensorArg& r, const TensorArg& projection,
+                      const TensorArg& bias, const TensorArg& y, std::uintptr_t checkpoints) {
+  Params p = image_params(call, x, checkpoints);
+  p.y = field(y, "nchw");
+  const LowRank f = low_rank(r, projection, bias);
+  if (is_empty(p)) return;
+  py::gil_scoped_release unlocked;
+  selected_kernels.load()->low_rank_forward(p, f);
+}
+
+void low_rank_backward(const Call& call, const TensorArg& dy, const TensorArg& x, const TensorArg& r,
+                       const TensorArg& projection, const TensorArg& bias, std::uintptr_t checkpoints,
+                       const TensorArg& dx, const TensorArg& dr, const TensorArg& dprojection, const TensorArg& dbias) {
+  Params p = image_params(call, x, checkpoints);
+  p.dy = field(dy, "nchw"), p.dx = field(dx, "nchw");
+  LowRank f = low_rank(r, projection, bias);
+  f.dr = field(dr, "nchw"), f.dprojection = field(dprojection, "dkcw"), f.dbias = field(dbias, "dkc");
+  check_checkpoints(p);
+  if (is_empty(p)) return;
+  py::gil_scoped_release unlocked;
+  selected_kernels.load()->low_rank_backward(p, f);
 }
 
 #ifdef GSPN_HAVE_CUDA
@@ -260,6 +302,8 @@ PYBIND11_MODULE(GSPN_MODULE, m, py::mod_gil_not_used()) {
   using Pointer = std::uintptr_t;
   m.def("forward", &forward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer>);
   m.def("backward", &backward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer, Tensor, Tensor, Tensor, Tensor>);
+  m.def("low_rank_forward", &low_rank_forward);
+  m.def("low_rank_backward", &low_rank_backward);
 #ifdef GSPN_HAVE_CUDA
   py::class_<Launch>(m, "Launch").def(py::init<int, Pointer, py::function>());
   m.def("cuda_forward", &cuda_forward<Tensor, Tensor, Tensor, Tensor, Tensor, Pointer>);

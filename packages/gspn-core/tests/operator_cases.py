@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gspn_core import DIRECTIONS, line_scan, propagate, reference
+from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+EXTENSION = _backend.extension()
+ISAS = EXTENSION.build_info()["supported_isas"]  # of the CPU kernels
 
 # Allowed in addition to twice the error of the reference: one rounding of the result, relative to its largest value;
 # for float64, whose reference has no error by definition, the rounding of the sums of a scan.
@@ -41,6 +45,17 @@ def propagate_inputs(
         randn(n, d, groups, 3, h, w, dtype=dtype, seed=1),
         None if lam is None else randn(n, d, lam, h, w, dtype=dtype, seed=2),
         None if u is None else randn(n, d, u, h, w, dtype=dtype, seed=3),
+    ]
+
+
+def low_rank_inputs(
+    n: int, c: int, rank: int, h: int, w: int, *, d: int = 4, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Return x, r, weight and bias of propagate_low_rank."""
+    shapes = (n, c, h, w), (n, rank, h, w), (d, 5, c, rank), (d, 5, c)
+    scales = 1, 1, 0.5 * (8 / max(rank, 8)) ** 0.5, 0.5
+    return [
+        (randn(*shape, seed=i) * scale).to(dtype) for i, (shape, scale) in enumerate(zip(shapes, scales, strict=True))
     ]
 
 
@@ -122,6 +137,14 @@ def check_without_effect(
         for ours, wanted in zip(value_and_gradients(scan, [inputs[0], poisoned]), clean, strict=True):
             assert torch.equal(ours, wanted)
         assert (clean[2][mask] == 0).all() and mask.any()
+
+
+def opcheck(op: Any, arguments: Sequence[Any]) -> None:
+    """Check an operator's schema, fake, autograd and compilation with torch's own tests."""
+    with warnings.catch_warnings():
+        # opcheck's own: it looks at .grad of copies it has made differentiable.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        torch.library.opcheck(op, tuple(arguments))
 
 
 def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -174,8 +174,6 @@ def test_gradient_of_the_wrong_shape():
         ({"channels": 8, "gate_rank": 0}, "gate_rank must be an integer of at least 1, got 0"),
         ({"channels": 8, "gate_rank": 2.5}, "gate_rank must be an integer of at least 1, got 2.5"),
         ({"channels": True}, "channels must be an integer of at least 1, got True"),
-        ({"channels": 8, "chunk_size": True}, "chunk_size must be an integer of at least 1, got True"),
-        ({"channels": 8, "chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
         ({"channels": 8, "weight_groups": 3}, "weight_groups must divide the 8 propagated channels, got 3"),
         ({"channels": 8, "proxy_channels": 2, "weight_groups": 4}, "must divide the 2 propagated channels, got 4"),
         ({"channels": 8, "directions": ["left"]}, "directions must be one of"),

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from operator_cases import DTYPES, ROUNDING, propagate_inputs, randn
+from operator_cases import DTYPES, ROUNDING, low_rank_inputs, propagate_inputs, randn
 
 import gspn_core
-from gspn_core import DIRECTIONS, SpatialPropagation, line_scan, propagate, reference
+from gspn_core import DIRECTIONS, SpatialPropagation, line_scan, propagate, propagate_low_rank, reference
 
 pytestmark = pytest.mark.cuda
 
@@ -284,6 +284,22 @@ def test_empty(shape):
     n, c, h, w = shape
     ours = value_and_gradients(propagate, propagate_inputs(n, c, h, w, groups=1, lam=3, u=1))
     assert [t.shape for t in ours] == [(n, c, h, w), (n, c, h, w), (n, 4, 1, 3, h, w), (n, 4, 3, h, w), (n, 4, 1, h, w)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank(dtype):
+    """Composed of the kernels, some channels at a time; only the inputs and sparse states are kept."""
+    inputs = low_rank_inputs(2, 40, 8, 30, 28, dtype=dtype)
+    wanted = value_and_gradients(reference.propagate_low_rank, [t.double() for t in inputs])
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 0.1)
+    for o, w in zip(value_and_gradients(propagate_low_rank, inputs), wanted, strict=True):
+        assert (o.double() - w).abs().max() <= tolerance * w.abs().max()
+    planes = 20 * 512 * 512 * 4  # bytes, of one channel
+    x, r, weight, bias = (t.cuda().requires_grad_() for t in low_rank_inputs(1, 64, 8, 512, 512))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    propagate_low_rank(x, r, weight, bias).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 64 * planes / 2
 
 
 def test_offsets_beyond_32_bits():

@@ -7,12 +7,14 @@ import torch
 from emulation import build
 from operator_cases import (
     DTYPES,
+    assert_as_accurate,
     channels_last,
     check_infinities,
     check_line_scan,
     check_propagate,
     check_without_effect,
     covering,
+    low_rank_inputs,
     part_of_a_wider_buffer,
     propagate_inputs,
     randn,
@@ -20,7 +22,7 @@ from operator_cases import (
     value_and_gradients,
 )
 
-from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
+from gspn_core import DIRECTIONS, _backend, _low_rank, line_scan, propagate, propagate_low_rank, reference
 
 pytestmark = pytest.mark.skipif(build.missing() != "", reason=build.missing())
 
@@ -254,6 +256,12 @@ def test_only_wanted_gradients(emulated, dtype, wanted, path, shape):
             torch.testing.assert_close(gradient, everything[i], atol=1e-4, rtol=1e-2)
         else:
             assert torch.equal(gradient, everything[i])
+
+
+def test_low_rank_is_composed_of_the_kernels(emulated, monkeypatch):
+    monkeypatch.setattr(_low_rank, "_has_kernels", lambda x: False)
+    monkeypatch.setattr(_low_rank, "_COMPOSED_ELEMENTS", 20 * 2 * 7 * 9 * 3)
+    assert_as_accurate(propagate_low_rank, reference.propagate_low_rank, low_rank_inputs(2, 7, 3, 7, 9))
 
 
 # ---- strides

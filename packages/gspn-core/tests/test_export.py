@@ -18,6 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="runs what was exported"
 from gspn_core.export import onnx_translations  # noqa: E402
 
 PROPAGATE, LINE_SCAN = torch.ops.gspn.propagate, torch.ops.gspn.line_scan
+LOW_RANK = torch.ops.gspn.propagate_low_rank
 ALL = [0, 1, 2, 3]
 
 
@@ -29,7 +30,7 @@ class Call(torch.nn.Module):
         self.op, self.options = op, options
 
     def forward(self, x, weights, lam, u=None):
-        gates = (lam, u) if self.op is PROPAGATE else (lam,)
+        gates = (lam,) if self.op is LINE_SCAN else (lam, u)
         return self.op(x, weights, *gates, *self.options)[0]
 
 
@@ -77,6 +78,15 @@ def test_propagate(groups, lam, u, chunk_size, tmp_path):
     inputs = propagate_inputs(2, c, 6, 9, groups=groups, lam=lam, u=u)
     module = Call(PROPAGATE, ALL, chunk_size)
     assert_equal(export(module, inputs, tmp_path / "m.onnx"), module, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_propagate_low_rank(dtype, tmp_path):
+    shapes = (2, 3, 6, 9), (2, 2, 6, 9), (4, 5, 3, 2), (4, 5, 3)
+    inputs = [randn(*shape, dtype=dtype, seed=i) / 2 for i, shape in enumerate(shapes)]
+    module = Call(LOW_RANK, ALL, 4)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3}[dtype]
+    assert_equal(export(module, inputs, tmp_path / "m.onnx"), module, inputs, tolerance)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_cases import (
     DTYPES,
+    ISAS,
     channels_last,
     check_infinities,
     check_line_scan,
@@ -24,22 +25,11 @@ from operator_cases import (
     value_and_gradients,
 )
 
-from gspn_core import DIRECTIONS, _backend, line_scan, propagate, reference
-
-EXTENSION = _backend.extension()
-ISAS = EXTENSION.build_info()["supported_isas"]
+from gspn_core import DIRECTIONS, line_scan, propagate, reference
 
 # (H, W): size 1, shorter and longer than a vector and a tile of lines, odd, thin both ways.
 SIZES = [(1, 1), (2, 2), (7, 7), (14, 14), (33, 29), (56, 56), (74, 74), (64, 1), (1, 64)]
 CHUNKS = [None, 1, 2, 7, 16, 48, 1000]  # dividing and not dividing, a tile, several tiles, larger than the image
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Use the kernels of an instruction set: every one, or those that the test's parameters name."""
-    EXTENSION.select_isa(request.param)
-    yield request.param
-    EXTENSION.select_isa("auto")
 
 
 @pytest.mark.parametrize("dtype,size,isa", covering(DTYPES, SIZES, ISAS), indirect=["isa"], ids=str)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from operator_cases import DTYPES, propagate_inputs, randn, value_and_gradients
+from operator_cases import DTYPES, opcheck, propagate_inputs, randn, value_and_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 import gspn_core
@@ -25,13 +25,6 @@ def leaves(inputs):
 
 
 # ---- schema, fake, autograd
-
-
-def opcheck(op, arguments):
-    with warnings.catch_warnings():
-        # opcheck's own: it looks at .grad of copies it has made differentiable.
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-        torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("groups,lam,u,chunk_size", [(1, 1, 4, None), (2, None, 1, 2), (4, 4, None, 3)])

@@ -2,7 +2,7 @@
 // the tiles from the last to the first, and recomputes the states of each from the checkpoint before it.
 #pragma once
 
-#include "scan.hpp"
+#include "lane_backward.hpp"
 
 namespace {
 
@@ -333,6 +333,7 @@ void finish_gate(const Params& p, const Field& sums, const Field& gradient) {
 template <class S>
 void backward_all(const Params& p) {
   using A = Accumulator<S>;
+  if (uses_lanes(p)) return backward_lanes<S>(p);
   const Split split(p);
   Partial<A> weights(p, split, p.weights, p.dweights, 3), lam(p, split, p.lam, p.dlam, 1), u(p, split, p.u, p.du, 1);
   const int64_t units = p.C / split.unit;

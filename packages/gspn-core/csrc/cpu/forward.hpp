@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bands.hpp"
+#include "lane_forward.hpp"
 
 namespace {
 
@@ -173,6 +174,7 @@ void forward_all(const Params& p) {
   if constexpr (sizeof(Accumulator<S>) == sizeof(float)) {
     if (is_banded<S>(p)) return forward_bands<S>(p);
   }
+  if (uses_lanes(p)) return forward_lanes<S>(p);
   const int64_t group = p.C / p.weights.channels, block = forward_block(p, sizeof(Accumulator<S>));
   const int64_t unit = max64(group, block);  // channels after which a task ends in any case
   const int64_t units = (p.C + unit - 1) / unit, blocks = (unit + block - 1) / block;

@@ -3,26 +3,32 @@
 
 #include "backward.hpp"
 #include "forward.hpp"
+#include "low_rank_backward.hpp"
 
 namespace {
 
-template <template <class> class Run>
-void for_dtype(const Params& p) {
-  switch (p.dtype) {
-    case gspn::Dtype::kFloat32: return Run<float>::run(p);
-    case gspn::Dtype::kFloat64: return Run<double>::run(p);
-    case gspn::Dtype::kBFloat16: return Run<BFloat16>::run(p);
-    case gspn::Dtype::kFloat16: return Run<Float16>::run(p);
+// Calls run(S()) with the storage type of a dtype.
+template <class Run>
+void for_dtype(gspn::Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case gspn::Dtype::kFloat32: return run(float());
+    case gspn::Dtype::kFloat64: return run(double());
+    case gspn::Dtype::kBFloat16: return run(BFloat16());
+    case gspn::Dtype::kFloat16: return run(Float16());
   }
 }
-template <class S>
-struct Forward {
-  static void run(const Params& p) { forward_all<S>(p); }
-};
-template <class S>
-struct Backward {
-  static void run(const Params& p) { backward_all<S>(p); }
-};
+void forward(const Params& p) {
+  for_dtype(p.dtype, [&](auto s) { forward_all<decltype(s)>(p); });
+}
+void backward(const Params& p) {
+  for_dtype(p.dtype, [&](auto s) { backward_all<decltype(s)>(p); });
+}
+void low_rank_forward(const Params& p, const LowRank& f) {
+  for_dtype(p.dtype, [&](auto s) { forward_low_rank<decltype(s)>(p, f); });
+}
+void low_rank_backward(const Params& p, const LowRank& f) {
+  for_dtype(p.dtype, [&](auto s) { backward_low_rank<decltype(s)>(p, f); });
+}
 
 }  // namespace
 
@@ -37,6 +43,6 @@ bool GSPN_NAME(supported_, GSPN_ISA)();
 
 extern const Kernels GSPN_NAME(kernels_, GSPN_ISA);
 const Kernels GSPN_NAME(kernels_, GSPN_ISA) = {GSPN_STRING(GSPN_ISA), GSPN_NAME(supported_, GSPN_ISA),
-                                               for_dtype<Forward>, for_dtype<Backward>};
+                                               forward, backward, low_rank_forward, low_rank_backward};
 
 }  // namespace gspn::cpu

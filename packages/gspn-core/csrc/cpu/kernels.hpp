@@ -10,6 +10,8 @@ struct Kernels {
   bool (*supported)();
   void (*forward)(const Params&);
   void (*backward)(const Params&);
+  void (*low_rank_forward)(const Params&, const LowRank&);
+  void (*low_rank_backward)(const Params&, const LowRank&);
 };
 
 // Best first; the last one runs on every machine this was built for.

@@ -31,6 +31,14 @@ struct ExpConstants<double> {
 
 constexpr int kSaturation = -28;  // logits below are clamped: a product of three factors 1 + exp(28) fits a float
 
+// 1 / term!, with the sign of the term of exp(-s).
+template <class A>
+constexpr A exp_coefficient(int term) {
+  double value = 1;
+  for (int i = 1; i <= term; ++i) value /= -i;
+  return A(value);
+}
+
 // exp(-x) + offset for x clamped to at least kSaturation and at most kHighest, within about one unit in the last place;
 // NaN stays. 2^k times the Taylor polynomial of the remainder s = x + k ln(2), |s| <= ln(2)/2, in Horner form.
 template <class A>
@@ -42,9 +50,9 @@ GSPN_INLINE A exp_negative(A x, A offset) {
   const A shifted = multiply_add(x, -K::kLog2E, K::kMagic);
   const A k = shifted - K::kMagic;
   const A s = multiply_add(k, K::kLn2Low, multiply_add(k, K::kLn2High, x));
-  A p = 1;
+  A p = exp_coefficient<A>(K::kTerms);
 #pragma GCC unroll 16
-  for (int term = K::kTerms; term >= 1; --term) p = multiply_add(p * s, A(-1) / A(term), A(1));
+  for (int term = K::kTerms - 1; term >= 0; --term) p = multiply_add(p, s, exp_coefficient<A>(term));
   const Int exponent = bit_cast<Int>(shifted) - bit_cast<Int>(A(K::kMagic));
   const Int scale = Int(uint64_t(exponent + K::kBias) << K::kMantissa);
   return multiply_add(p, bit_cast<A>(scale), offset);
@@ -203,21 +211,25 @@ struct FiniteCheck {
   }
 };
 
-// The same as update_lines for row-stochastic weights, with infinities. The difference form gives NaN beside them,
-// since inf - inf is NaN: there the weighted sum decides, whose weights are positive where there is a neighbour.
+// One position with row-stochastic weights and infinities. The difference form gives NaN beside them, since inf - inf
+// is NaN: there the weighted sum decides, whose weights are positive where there is a neighbour. sum is h + lam x.
+template <class A>
+inline A updated_with_infinities(A a, A c, A left, A h, A right, A input, A sum) {
+  const auto weighted = [](A weight, A value) { return weight == A(0) ? A(0) : weight * value; };
+  const A value = multiply_add(c, right - h, multiply_add(a, left - h, sum));
+  if (value == value) return value;
+  const A b = (A(1) - a) - c;  // may be rounded to 0 or below
+  return weighted(c, right) + (b <= A(0) ? std::numeric_limits<A>::min() : b) * h + weighted(a, left) + input;
+}
+
+// The same as update_lines for row-stochastic weights, with infinities.
 template <class A>
 void update_line_with_infinities(const A* h, const A* x, const A* lam, A* next, const Weights<A>& w, int64_t length) {
-  const auto weighted = [](A weight, A value) { return weight == A(0) ? A(0) : weight * value; };
   for (int64_t j = 0; j < length; ++j) {
-    const A left = j > 0 ? h[j - 1] : A(0), right = j + 1 < length ? h[j + 1] : A(0), a = w.a[j], c = w.c[j];
+    const A left = j > 0 ? h[j - 1] : A(0), right = j + 1 < length ? h[j + 1] : A(0);
     const A input = lam != nullptr ? lam[j] * x[j] : x[j],
             sum = lam != nullptr ? multiply_add(lam[j], x[j], h[j]) : h[j] + x[j];
-    A value = multiply_add(c, right - h[j], multiply_add(a, left - h[j], sum));
-    if (value != value) {
-      const A b = (A(1) - a) - c;  // may be rounded to 0 or below
-      value = weighted(c, right) + (b <= A(0) ? std::numeric_limits<A>::min() : b) * h[j] + weighted(a, left) + input;
-    }
-    next[j] = value;
+    next[j] = updated_with_infinities(w.a[j], w.c[j], left, h[j], right, input, sum);
   }
 }
 

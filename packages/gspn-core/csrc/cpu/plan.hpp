@@ -86,6 +86,22 @@ constexpr int kPad = 16;
 // Distance between lines of state with their padding: line t starts at data + kPad + t * pitch.
 inline int64_t state_pitch(int64_t length) { return round_up(length, 16) + 2 * kPad; }
 
+// ---- channels as lanes (lanes.hpp)
+
+// Positions whose gates are made at once: they stay in the first-level cache.
+constexpr int64_t kLanePositions = 64;
+// Images of more pixels, with gates from memory, have lines long enough to be vectors, and more gates than a cache
+// holds.
+constexpr int64_t kLanePixels = 1024;
+// Fewer channels waste most of a vector.
+constexpr int64_t kFewestLanes = 8;
+
+// Whether a call whose weights and gates are in memory has channels as lanes: each channel has its own.
+inline bool uses_lanes(const Params& p) {
+  const bool own = p.weights.channels == p.C && (!p.lam || p.lam.channels == p.C) && (!p.u || p.u.channels == p.C);
+  return p.stochastic && own && p.C >= kFewestLanes && p.H * p.W <= kLanePixels;
+}
+
 // ---- when to prefetch, and when to write past the caches
 
 // Whether the working set of the forward pass comes from DRAM.

@@ -83,6 +83,10 @@ GSPN_INLINE Float8 multiply_add(Float8 a, Float8 b, Float8 c) {
   return bit_cast<Float8>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
 }
 #if defined(__AVX512F__)
+typedef float Float8x2 __attribute__((vector_size(64)));
+GSPN_INLINE Float8x2 multiply_add(Float8x2 a, Float8x2 b, Float8x2 c) {
+  return bit_cast<Float8x2>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+}
 GSPN_INLINE Double8 multiply_add(Double8 a, Double8 b, Double8 c) {
   return bit_cast<Double8>(_mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
 }

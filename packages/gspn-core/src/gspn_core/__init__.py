@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ._directions import DIRECTIONS
     from ._info import info
     from .module import SpatialPropagation
-    from .ops import line_scan, propagate, row_stochastic
+    from .ops import line_scan, propagate, propagate_low_rank, row_stochastic
 
 __all__ = [
     "DIRECTIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "info",
     "line_scan",
     "propagate",
+    "propagate_low_rank",
     "reference",
     "row_stochastic",
 ]
@@ -34,6 +35,7 @@ __getattr__ = lazy_attributes(
         "info": "_info",
         "line_scan": "ops",
         "propagate": "ops",
+        "propagate_low_rank": "ops",
         "reference": "reference",
         "row_stochastic": "ops",
     },

@@ -166,6 +166,37 @@ class Kernels:
         )
 
 
+class LowRankKernels:
+    """The same with gates of low rank, on the CPU."""
+
+    __slots__ = ("_call", "_module")
+
+    def __init__(self, x: Tensor, directions: Sequence[int], chunk_size: int | None) -> None:
+        self._module: Any = extension()
+        self._call = _call(x.dtype, True, tuple(directions), chunk_size or 0, torch.get_num_threads())
+
+    def forward(
+        self, x: Tensor, r: Tensor, weight: Tensor, bias: Tensor, y: Tensor, checkpoints: Tensor | None
+    ) -> None:
+        """Write y, and the checkpoints unless they are None."""
+        pointer = 0 if checkpoints is None else checkpoints.data_ptr()
+        self._module.low_rank_forward(self._call, _arg(x), _arg(r), _arg(weight), _arg(bias), _arg(y), pointer)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        r: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        checkpoints: Tensor,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Write the gradients of x, r, weight and bias, those that are not None."""
+        tensors = (_arg(t) for t in (dy, x, r, weight, bias))
+        self._module.low_rank_backward(self._call, *tensors, checkpoints.data_ptr(), *(_arg(g) for g in gradients))
+
+
 def _cuda_launch(module: ModuleType, device: torch.device) -> Any:
     """Return the device, the current stream and an allocator of scratch memory for a call on a GPU."""
 

@@ -87,6 +87,21 @@ def check_propagate(
             _check_groups(name, "C'", channels, c)
 
 
+def check_low_rank(
+    x: Tensor, r: Tensor, weight: Tensor, bias: Tensor, directions: Sequence[int], chunk_size: int | None
+) -> None:
+    """Raise ValueError or TypeError unless these are arguments of `propagate_low_rank` (directions as indices)."""
+    _check_distinct(directions)
+    count = len(directions)
+    _check_image(x)
+    _check_chunk_size(chunk_size)
+    n, c, h, w = x.shape
+    rank = r.shape[1] if r.dim() == 4 else 1
+    _check_like(x, r, "r", "(N, R, H, W)", (n, rank, h, w))
+    _check_like(x, weight, "weight", "(D, 5, C, R)", (count, 5, c, rank))
+    _check_like(x, bias, "bias", "(D, 5, C)", (count, 5, c))
+
+
 def check_line_scan(x: Tensor, weights: Tensor, lam: Tensor | None, direction: int, chunk_size: int | None) -> None:
     """Raise ValueError or TypeError unless these are arguments of `line_scan` (the direction as an index)."""
     if not 0 <= direction < 4:
@@ -185,7 +200,10 @@ def _check_like(x: Tensor, t: Tensor, name: str, legend: str, shape: tuple[int, 
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
     if t.shape != shape:
         letters = legend.strip("()").split(", ")
-        wanted = ", ".join("any" if s in ("G", "C'") else str(n) for s, n in zip(letters, shape, strict=True))
+        wanted = ", ".join(
+            "any" if s in ("G", "C'") or (s == "R" and name == "r") else str(n)
+            for s, n in zip(letters, shape, strict=True)
+        )
         raise ValueError(f"{name} must have shape {legend} = ({wanted}), got {tuple(t.shape)}")
 
 

@@ -23,7 +23,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import _backend, _check, _fallback, _forward_mode
 
-library = torch.library.Library("gspn", "DEF")
+library: torch.library.Library = torch.library.Library("gspn", "DEF")
 for _schema in (
     "propagate(Tensor x, Tensor logits, Tensor? lam, Tensor? u, int[] directions, SymInt? chunk_size=None, "
     "bool save_checkpoints=False) -> (Tensor y, Tensor checkpoints)",
@@ -115,7 +115,7 @@ def _checked(
     return x, weights, lam, u
 
 
-def _register_implementation(name: str, body: Callable[..., Any]) -> None:
+def register_implementation(name: str, body: Callable[..., Any]) -> None:
     """Register body(run, *args), which runs the kernel or, for torch.compile and export, only allocates the outputs."""
     library.impl(name, partial(body, True), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gspn::{name}", partial(body, False), lib=library)
@@ -153,13 +153,13 @@ def _in_forward_mode() -> bool:
 
 
 class _Differentiable(_SingleLevelFunction):
-    """An operator and its backward, on `count` tensors; then come direction(s) and chunk size, whether to save."""
+    """An operator and its derivatives, on `count` tensors; then come direction(s) and chunk size, whether to save."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, backward_op: Any, count: int, *args: Any) -> Any:
+    def forward(ctx: Any, op: Any, backward_op: Any, tangent: Any, count: int, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
-        ctx.backward_op, ctx.count, ctx.options = backward_op, count, args[count : count + 2]
+        ctx.backward_op, ctx.tangent, ctx.count, ctx.options = backward_op, tangent, count, args[count : count + 2]
         ctx.save_for_backward(*args[:count], output[1])
         ctx.mark_non_differentiable(output[1])
         if _in_forward_mode():
@@ -169,29 +169,30 @@ class _Differentiable(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
-        needed = ctx.needs_input_grad[3 : 3 + ctx.count]
+        needed = ctx.needs_input_grad[4 : 4 + ctx.count]
         if dy is None:  # only in forward mode, which materializes no gradients
-            return (None,) * (ctx.count + 6)
+            return (None,) * (ctx.count + 7)
         gradients = ctx.backward_op(dy, *ctx.saved_tensors, *ctx.options, needed)
         wanted = (g if need else None for g, need in zip(gradients, needed, strict=True))
-        return None, None, None, *wanted, None, None, None
+        return None, None, None, None, *wanted, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         # forward_ad.unpack_dual does nothing while torch.compile traces torch.func.jvp; level 0 is the only one.
         primals = [None if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]
-        none = [None] * (4 - ctx.count)
-        directions, chunk_size = ctx.options
-        directions = directions if ctx.count == 4 else [directions]
-        given = tangents[3 : 3 + ctx.count]
         # Nothing here has a tangent at this level, but at the levels below it may have one.
         with forward_ad._set_fwd_grad_enabled(True):
-            dy = _forward_mode.tangent(line_scan, [*primals, *none], [*given, *none], directions, chunk_size)
+            dy = ctx.tangent(primals, tangents[4 : 4 + ctx.count], *ctx.options)
         return dy, None
 
 
-def _register_autograd(op: Any, backward_op: Any, count: int) -> None:
-    """Differentiate op, of `count` tensors, by backward_op; save states if weights or output gate need a gradient."""
+def register_autograd(
+    op: Any, backward_op: Any, count: int, tangent: Callable[..., Tensor], saved_for: Sequence[int]
+) -> None:
+    """Differentiate op, of `count` tensors, by backward_op; in forward mode by tangent(primals, tangents, *options).
+
+    States are saved if one of the tensors `saved_for` needs a gradient.
+    """
 
     def autograd(keys: Any, *args: Any) -> Any:
         forward_mode = _in_forward_mode()
@@ -199,8 +200,8 @@ def _register_autograd(op: Any, backward_op: Any, count: int) -> None:
             needed = [t is not None and t.requires_grad for t in args[:count]]
             if forward_mode or True in needed:
                 options = (*args[count:], None, False)[:2]  # the dispatcher drops trailing defaults
-                save = args[-1] is True or any(needed[1::2])
-                return _apply(_Differentiable, op, backward_op, count, *args[:count], *options, save)
+                save = args[-1] is True or any(needed[i] for i in saved_for)
+                return _apply(_Differentiable, op, backward_op, tangent, count, *args[:count], *options, save)
         return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     library.impl(_name_of(op), autograd, "Autograd", with_keyset=True)
@@ -223,7 +224,9 @@ class _OnceDifferentiable(_SingleLevelFunction):
     jvp = backward
 
 
-def _register_once_differentiable(op: Any) -> None:
+def register_once_differentiable(op: Any) -> None:
+    """Raise where a backward operator is to be differentiated."""
+
     def autograd(*args: Any) -> Any:
         if _in_forward_mode() or (
             torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
@@ -237,6 +240,12 @@ def _register_once_differentiable(op: Any) -> None:
 
 # ---- autocast to the lower precision, as for convolutions; the state stays in float32. As there, float64 stays what it
 # is; beside it, all tensors become float64.
+
+
+def register_autocast(op: Any) -> None:
+    """Cast the tensors of a call under autocast."""
+    for device in ("CPU", "CUDA", "XPU", "MPS"):
+        _register_autocast(op, device.lower(), f"Autocast{device}")
 
 
 def _register_autocast(op: Any, device_type: str, key: str) -> None:
@@ -256,7 +265,9 @@ def _register_autocast(op: Any, device_type: str, key: str) -> None:
 # ---- vmap: the mapped dimension is merged into the batch
 
 
-def _register_vmap(op: Any) -> None:
+def register_vmap(op: Any) -> None:
+    """Merge the mapped dimension of all tensors into the batch."""
+
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, int]:
         size = info.batch_size
 
@@ -277,29 +288,36 @@ def _register_vmap(op: Any) -> None:
 
 
 # From each schema to the bodies: x, weights, lam and u as a tuple, and directions as a list.
-_register_implementation("propagate", lambda run, x, w, lam, u, *rest: _forward(run, True, (x, w, lam, u), *rest))
-_register_implementation(
+register_implementation("propagate", lambda run, x, w, lam, u, *rest: _forward(run, True, (x, w, lam, u), *rest))
+register_implementation(
     "line_scan",
     lambda run, x, w, lam, direction, *rest: _forward(run, False, (x, w, lam, None), [direction], *rest),
 )
-_register_implementation(
+register_implementation(
     "propagate_backward",
     lambda run, dy, x, w, lam, u, *rest: _backward(run, True, dy, (x, w, lam, u), *rest),
 )
-_register_implementation(
+register_implementation(
     "line_scan_backward",
     lambda run, dh, x, w, lam, saved, direction, *rest: _backward(
         run, False, dh, (x, w, lam, None), saved, [direction], *rest
     ),
 )
-_register_autograd(propagate, propagate_backward, 4)
-_register_autograd(line_scan, line_scan_backward, 3)
-_register_once_differentiable(propagate_backward)
-_register_once_differentiable(line_scan_backward)
+register_autograd(propagate, propagate_backward, 4, partial(_forward_mode.tangent, line_scan), (1, 3))
+register_autograd(
+    line_scan,
+    line_scan_backward,
+    3,
+    lambda primals, tangents, direction, chunk_size: _forward_mode.tangent(
+        line_scan, [*primals[:3], None], [*tangents, None], [direction], chunk_size
+    ),
+    (1,),
+)
+register_once_differentiable(propagate_backward)
+register_once_differentiable(line_scan_backward)
 for _op in (propagate, propagate_backward, line_scan, line_scan_backward):
-    _register_vmap(_op)
+    register_vmap(_op)
 for _op in (propagate, line_scan):
-    for _device in ("CPU", "CUDA", "XPU", "MPS"):
-        _register_autocast(_op, _device.lower(), f"Autocast{_device}")
+    register_autocast(_op)
 
-from . import _flops  # noqa: E402, F401  (torch counts the operators, which exist now)
+from . import _flops, _low_rank  # noqa: E402, F401  (of the operators, which exist now)

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError(f"ONNX export needs onnx and onnxscript: pip install onnx onnxscript ({error})") from error
 
-from . import _library
+from . import _library, _low_rank
 from ._directions import DIRECTIONS, SATURATION
 
 # The exporter writes this version and converts it to the requested one. Its types are of arrays, not of graph values.
@@ -41,30 +41,65 @@ _END = 2**63 - 1  # a slice up to here goes to the end
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what `torch.onnx.export(..., dynamo=True)` takes as `custom_translation_table`.
 
-    It translates `torch.ops.gspn.propagate` and `torch.ops.gspn.line_scan`, and so `SpatialPropagation` and models
-    that contain it.
+    It translates `torch.ops.gspn.propagate`, `propagate_low_rank` and `line_scan`, and so `SpatialPropagation` and
+    models that contain it.
     """
-    return {_library.propagate: _propagate, _library.line_scan: _line_scan}
+    return {
+        _library.propagate: _propagate,
+        _low_rank.propagate_low_rank: _propagate_low_rank,
+        _library.line_scan: _line_scan,
+    }
 
 
-# The next two take the operators' arguments, see _library.py. They have no annotations, because the exporter would read
-# them, and has none for "a tensor or None".
+# The next three take the operators' arguments, see _library.py. They have no annotations, because the exporter would
+# read them, and has none for "a tensor or None".
 
 
 def _propagate(x, logits, lam=None, u=None, directions=(), chunk_size=None, save_checkpoints=False):  # type: ignore[no-untyped-def]
-    to = _state_type(x)
-    y = None
-    for d, direction in enumerate(directions):
+    def gates(d: int) -> tuple[_Value, ...]:  # (N, D, ...) to (N, ...)
+        index = op.Constant(value_int=d)
+        return tuple(None if t is None else op.Gather(t, index, axis=1) for t in (logits, lam, u))
 
-        def of_direction(t: _Value, d: int = d) -> _Value:  # (N, D, ...) to (N, ...)
-            return None if t is None else op.Cast(op.Gather(t, op.Constant(value_int=d), axis=1), to=to)
-
-        weights = _row_stochastic(of_direction(logits), direction)
-        v = _gate(op.Cast(x, to=to), of_direction(lam), x, lam and lam.shape[2])
-        h = _scan(v, weights, x, logits.shape[2], direction, chunk_size)
-        h = _gate(h, of_direction(u), x, u and u.shape[2])
-        y = h if y is None else op.Add(y, h)
+    counts = (logits.shape[2], lam and lam.shape[2], u and u.shape[2])
+    y = _directions(x, gates, counts, directions, chunk_size)
     return op.CastLike(y, x), _no_checkpoints(x, y, save_checkpoints)
+
+
+def _propagate_low_rank(x, r, weight, bias, directions=(), chunk_size=None, save_checkpoints=False):  # type: ignore[no-untyped-def]
+    channels, to = x.shape[1], _state_type(x)
+    pixels = op.Cast(op.Reshape(r, _shape(r, slice(0, 2), -1)), to=to)  # (N, R, HW)
+
+    def gates(d: int) -> tuple[_Value, ...]:
+        index = op.Constant(value_int=d)
+        matrix = op.Cast(op.Reshape(op.Gather(weight, index, axis=0), _ints(5 * channels, -1)), to=to)
+        offset = op.Cast(op.Reshape(op.Gather(bias, index, axis=0), _ints(5 * channels, 1)), to=to)
+        rows = op.Add(op.MatMul(matrix, pixels), offset)  # (N, 5 C, HW)
+        rows = op.Reshape(rows, _shape(x, slice(0, 1), 5, channels, slice(2, 4)))
+        a, b, c, lam, u = (op.Squeeze(row, _ints(1)) for row in op.Split(rows, axis=1, num_outputs=5))
+        logits = op.Concat(*(op.Unsqueeze(row, _ints(2)) for row in (a, b, c)), axis=2)  # (N, C, 3, H, W)
+        return logits, lam, u
+
+    y = _directions(x, gates, (channels,) * 3, directions, chunk_size)
+    return op.CastLike(y, x), _no_checkpoints(x, y, save_checkpoints)
+
+
+def _directions(
+    x: _Value,
+    gates: Callable[[int], tuple[_Value, ...]],
+    counts: Sequence[int],
+    directions: Sequence[int],
+    chunk_size: int | None,
+) -> _Value:
+    """Sum over directions; gates(d) is logits, lam and u of one of them, `counts` their channels."""
+    to, y = _state_type(x), None
+    for d, direction in enumerate(directions):
+        logits, lam, u = (None if t is None else op.Cast(t, to=to) for t in gates(d))
+        weights = _row_stochastic(logits, direction)
+        v = _gate(op.Cast(x, to=to), lam, x, counts[1])
+        h = _scan(v, weights, x, counts[0], direction, chunk_size)
+        h = _gate(h, u, x, counts[2])
+        y = h if y is None else op.Add(y, h)
+    return y
 
 
 def _line_scan(x, weights, lam=None, direction=0, chunk_size=None, save_checkpoints=False):  # type: ignore[no-untyped-def]

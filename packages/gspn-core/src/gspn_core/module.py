@@ -85,6 +85,8 @@ class SpatialPropagation(nn.Module):
         self.weight_groups = weight_groups
         self.chunk_size = _check.chunk_size_argument(chunk_size)
         self.propagated_channels = propagated
+        # The gates of every channel are made from the bottleneck where they are needed, and are never in memory.
+        self._is_low_rank = gate_rank is not None and weight_groups == propagated
 
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         count = len(self.directions)
@@ -134,11 +136,29 @@ class SpatialPropagation(nn.Module):
         u = u.unflatten(1, (count, self.propagated_channels)) * self.merge.to(u.dtype).view(-1, 1, 1, 1)
         return self.value(x), logits, lam, u
 
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias as `propagate_low_rank` takes them, of one weight group per channel."""
+        bias = self.gates.bias
+        assert bias is not None
+        weight = torch.cat([bias.unsqueeze(1), self.gates.weight.flatten(1)], dim=1)  # (5 D P, 1 + R)
+        count, channels = len(self.directions), self.propagated_channels
+        logits, lam, u = weight.split(self._splits)
+        logits = logits.view(count, channels, 3, -1).transpose(1, 2)
+        lam = lam.view(count, 1, channels, -1)
+        u = u.view(count, 1, channels, -1) * self.merge.view(-1, 1, 1, 1)
+        rows = torch.cat([logits, lam, u], dim=1)  # (D, 5, P, 1 + R)
+        return rows[..., 1:], rows[..., 0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of x, (N, C, H, W), into a tensor of the same shape."""
         _check.check_module_input(x, self.channels)
-        v, logits, lam, u = self.project(x)
-        y = torch.ops.gspn.propagate(v, logits, lam, u, self.directions, self.chunk_size)[0]
+        if self._is_low_rank:
+            r, v = self.bottleneck(x), self.value(x)
+            weight, bias = self.projection()
+            y = torch.ops.gspn.propagate_low_rank(v, r, weight, bias, self.directions, self.chunk_size)[0]
+        else:
+            v, logits, lam, u = self.project(x)
+            y = torch.ops.gspn.propagate(v, logits, lam, u, self.directions, self.chunk_size)[0]
         out: Tensor = self.lift(y)
         return out
 

@@ -1,4 +1,4 @@
-"""The public functions of the operator: `propagate`, `line_scan` and `row_stochastic`.
+"""The public functions of the operator: `propagate`, `propagate_low_rank`, `line_scan` and `row_stochastic`.
 
 Shapes use the letters N batch, C channels, H rows, W columns, D directions, G weight groups. Every tensor is indexed
 in image coordinates: the value of pixel (r, c) is at [..., r, c] for every direction, and nothing is flipped or
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import _check, _library, reference
+from . import _check, _library, _low_rank, reference
 from ._directions import DIRECTIONS
 
 
@@ -69,6 +69,49 @@ def propagate(
     _check.check_tensors("x logits lam u", x, logits, lam, u, optional=2)
     indices, chunk_size = _check.direction_indices(directions), _check.chunk_size_argument(chunk_size)
     y: Tensor = _library.propagate(x, logits, lam, u, indices, chunk_size)[0]
+    return y
+
+
+def propagate_low_rank(
+    x: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Propagate an image with weights and gates of every channel that are a projection of R numbers a pixel.
+
+    For every direction d and channel c, with row g of five of the projection,
+
+        a_-1, a_0, a_+1, lam, u = weight[d, g, c] . r + bias[d, g, c]      g = 0, ..., 4
+
+    at every pixel, and y is that of `propagate` with these logits a and gates lam and u. It is what a 1x1 convolution
+    of r to 5 D C channels and `propagate` with G = C' = C compute, but the 5 D planes per channel are never in memory,
+    neither here nor for the backward pass, which keeps the inputs and the state of every 16th line.
+
+    Args:
+        x: (N, C, H, W).
+        r: (N, R, H, W), of a bottleneck, say.
+        weight: (D, 5, C, R).
+        bias: (D, 5, C).
+        directions, chunk_size: as in `propagate`.
+
+    Returns:
+        y, (N, C, H, W), contiguous, in the dtype of x. Dtypes, strides, derivatives and errors as in `propagate`; the
+        gates have the dtype of the state. Where there are no kernels for this, on a GPU for example, the planes of some
+        channels at a time are in memory.
+
+    Raises:
+        ValueError: a shape, a device, a direction or the chunk size does not fit; the message names it.
+        TypeError: a dtype is not floating or differs from that of x, or an option is of the wrong type.
+
+    Source: the gates of GSPN-1, arXiv 2501.12381, section 3.
+    """
+    _check.check_tensors("x r weight bias", x, r, weight, bias)
+    indices, chunk_size = _check.direction_indices(directions), _check.chunk_size_argument(chunk_size)
+    y: Tensor = _low_rank.propagate_low_rank(x, r, weight, bias, indices, chunk_size)[0]
     return y
 
 

@@ -100,6 +100,27 @@ def propagate(
     return y.to(x.dtype)
 
 
+def low_rank_gates(r: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits (N, D, C, 3, H, W), lam and u (N, D, C, H, W): rows of weight @ r + bias at every pixel."""
+    gates = torch.einsum("dgcr,nrhw->ndgchw", weight, r) + bias[..., None, None]  # (N, D, 5, C, H, W)
+    return gates[:, :, :3].transpose(2, 3), gates[:, :, 3], gates[:, :, 4]
+
+
+def propagate_low_rank(
+    x: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """`propagate` with the gates that r (N, R, H, W), weight (D, 5, C, R) and bias (D, 5, C) give."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    gates = low_rank_gates(r.to(dtype), weight.to(dtype), bias.to(dtype))
+    return propagate(x.to(dtype), *gates, directions=directions, chunk_size=chunk_size).to(x.dtype)
+
+
 def spread(t: Tensor, channels: int, dim: int) -> Tensor:
     """Repeat each of the groups along `dim` for the consecutive channels that share it."""
     return t.repeat_interleave(channels // t.shape[dim], dim=dim)

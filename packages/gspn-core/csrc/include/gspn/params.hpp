@@ -45,6 +45,15 @@ struct Params {
   Field dx, dweights, dlam, du;  // backward: outputs; an absent one is not computed
 };
 
+// Weights and gates that are not in memory: for direction d, row g and channel c, projection[d, g, c] . r + bias[d, g,
+// c] at every pixel; rows 0 to 2 are the logits, 3 is lam, 4 is u.
+struct LowRank {
+  int64_t R = 0;
+  Field r;                       // (N, R, H, W)
+  Field projection, bias;        // (D, 5, C, R), R being the columns, and (D, 5, C)
+  Field dr, dprojection, dbias;  // backward: outputs; an absent one is not computed
+};
+
 // The functions below are static, so that the kernels of each instruction set have their own copy.
 
 // A direction over an H x W plane: `lines` steps over lines of `length` positions.

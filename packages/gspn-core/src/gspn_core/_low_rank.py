@@ -1,0 +1,222 @@
+"""The operators of `propagate_low_rank`, and what computes them where there are no kernels.
+
+    propagate_low_rank(x, r, weight, bias, directions, chunk_size)  -> (y, checkpoints)
+
+and a backward that is an operator of its own; see _library.py. Without kernels some channels at a time are composed of
+`propagate`, so that the gates' planes in memory are bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend, _check, _forward_mode, _library, reference
+
+library = _library.library
+for _schema in (
+    "propagate_low_rank(Tensor x, Tensor r, Tensor weight, Tensor bias, int[] directions, SymInt? chunk_size=None, "
+    "bool save_checkpoints=False) -> (Tensor y, Tensor checkpoints)",
+    "propagate_low_rank_backward(Tensor dy, Tensor x, Tensor r, Tensor weight, Tensor bias, Tensor checkpoints, "
+    "int[] directions, SymInt? chunk_size, bool[4] mask) -> (Tensor dx, Tensor dr, Tensor dweight, Tensor dbias)",
+):
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+propagate_low_rank = torch.ops.gspn.propagate_low_rank.default
+propagate_low_rank_backward = torch.ops.gspn.propagate_low_rank_backward.default
+
+# Elements of the gates' planes that the composition holds at once.
+_COMPOSED_ELEMENTS = 2**25
+
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(
+    run: bool,
+    x: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    directions: Sequence[int],
+    chunk_size: int | None = None,
+    save_checkpoints: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check.check_low_rank(x, r, weight, bias, directions, chunk_size)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    checkpoints = x.new_empty(0)
+    if save_checkpoints:
+        size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
+        checkpoints = x.new_empty((*x.shape[:2], size), dtype=torch.promote_types(x.dtype, torch.float32))
+    if not run or x.numel() == 0:
+        return y, checkpoints
+    if _has_kernels(x):
+        kernels = _backend.LowRankKernels(x, directions, chunk_size)
+        kernels.forward(x, r, weight, bias, y, checkpoints if save_checkpoints else None)
+    else:
+        for part in _parts(x, weight):
+            planes = _planes(r, weight[:, :, part], bias[:, :, part])
+            output = _library.propagate(x[:, part], *planes, directions, chunk_size, save_checkpoints)
+            y[:, part] = output[0]
+            if save_checkpoints:
+                checkpoints[:, part] = output[1]
+    return y, checkpoints
+
+
+def _backward(
+    run: bool,
+    dy: Tensor,
+    x: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    checkpoints: Tensor,
+    directions: Sequence[int],
+    chunk_size: int | None,
+    mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return a gradient for each entry of the mask: an empty tensor if it is not wanted."""
+    _check.check_low_rank(x, r, weight, bias, directions, chunk_size)
+    _check.check_tensors("dy checkpoints", dy, checkpoints)
+    _check.check_gradient(dy, x, "dy")
+    _check.check_mask(mask, 4)
+    inputs = (x, r, weight, bias)
+    gradients = [t.new_empty(t.shape) if wanted else None for t, wanted in zip(inputs, mask, strict=True)]
+    if any(mask[1:]):
+        size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
+        _check.check_checkpoints(checkpoints, x, size)
+    if run and (x.numel() == 0 or r.shape[1] == 0 or not _has_kernels(x)):
+        _composed_backward(gradients, dy, inputs, checkpoints, directions, chunk_size)
+    elif run:
+        kernels = _backend.LowRankKernels(x, directions, chunk_size)
+        kernels.backward(dy, x, r, weight, bias, checkpoints, gradients)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cpu and _backend.has_kernels(x)
+
+
+# ---- composed of `propagate`
+
+
+def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Yield parts of the channels whose planes are few enough."""
+    n, channels, h, w = x.shape
+    size = max(1, _COMPOSED_ELEMENTS // max(1, n * weight.shape[0] * 5 * h * w))
+    return (slice(c, min(c + size, channels)) for c in range(0, channels, size))
+
+
+def _planes(r: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, lam and u, by one matrix product."""
+    (n, rank, h, w), rows = r.shape, weight.shape[:3]
+    matrix = weight.reshape(1, rows.numel(), rank).expand(n, -1, -1)
+    gates = torch.baddbmm(bias.reshape(1, -1, 1), matrix, r.reshape(n, rank, h * w))
+    gates = gates.reshape(n, *rows, h, w)  # (N, D, 5, C, H, W)
+    return gates[:, :, :3].transpose(2, 3), gates[:, :, 3], gates[:, :, 4]
+
+
+def _composed_backward(
+    gradients: Sequence[Tensor | None],
+    dy: Tensor,
+    inputs: _Inputs,
+    checkpoints: Tensor,
+    directions: Sequence[int],
+    chunk_size: int | None,
+) -> None:
+    """Write the gradients of x, r, weight and bias, those that are not None."""
+    x, r, weight, bias = inputs
+    dx, dr, dweight, dbias = gradients
+    state = torch.promote_types(x.dtype, torch.float32)
+    flat = r.to(state).flatten(2)  # (N, R, HW)
+    dr_sum = torch.zeros_like(flat)
+    gated = any(gradient is not None for gradient in (dr, dweight, dbias))
+    for part in _parts(x, weight):
+        planes = _planes(r, weight[:, :, part], bias[:, :, part])
+        saved = checkpoints[:, part].contiguous() if gated else checkpoints
+        dx_part, *parts = _library.propagate_backward(
+            dy[:, part], x[:, part], *planes, saved, directions, chunk_size, (dx is not None, gated, gated, gated)
+        )
+        if dx is not None:
+            dx[:, part] = dx_part
+        if not gated:
+            continue
+        rows = torch.cat([parts[0].transpose(2, 3), parts[1].unsqueeze(2), parts[2].unsqueeze(2)], 2).to(state)
+        products = rows.flatten(4).flatten(1, 3)  # (N, 5 D C, HW)
+        if dr is not None:
+            dr_sum += weight[:, :, part].to(state).flatten(0, 2).mT @ products
+        if dweight is not None:
+            dweight[:, :, part] = (products @ flat.mT).sum(0).reshape(*rows.shape[1:4], r.shape[1]).to(x.dtype)
+        if dbias is not None:
+            dbias[:, :, part] = rows.sum((0, 4, 5)).to(x.dtype)
+    if dr is not None:
+        dr.copy_(dr_sum.reshape(r.shape))
+
+
+# ---- autograd, autocast, vmap
+
+
+def _tangent(
+    primals: _Inputs, tangents: Sequence[Tensor | None], directions: Sequence[int], chunk_size: int | None
+) -> Tensor:
+    """Return the tangent of y: that of the gates, which are products, and then that of `propagate`."""
+    state = torch.promote_types(primals[0].dtype, torch.float32)
+    x, r, weight, bias = (t.to(state) for t in primals)
+    dx, dr, dweight, dbias = (None if t is None else t.to(state) for t in tangents)
+    dgates = None
+    for a, b in ((dr, weight), (r, dweight)):
+        if a is not None and b is not None:
+            product = torch.einsum("dgcr,nrhw->ndgchw", b, a)
+            dgates = product if dgates is None else dgates + product
+    if dbias is not None:
+        rows = dbias[..., None, None].expand(x.shape[0], *dbias.shape, *x.shape[2:])
+        dgates = rows if dgates is None else dgates + rows
+    planes: list[Tensor | None] = [None] * 3
+    if dgates is not None:
+        planes = [dgates[:, :, :3].transpose(2, 3), dgates[:, :, 3], dgates[:, :, 4]]
+    gates = reference.low_rank_gates(r, weight, bias)
+    return _forward_mode.tangent(_library.line_scan, [x, *gates], [dx, *planes], directions, chunk_size).to(
+        primals[0].dtype
+    )
+
+
+def _register_vmap(op: Any, first: int) -> None:
+    """Merge the mapped dimension into the batch, or call op for each entry where a sum over the batch would not do.
+
+    The tensors from `first` on have no batch.
+    """
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+
+        mapped = [isinstance(a, Tensor) and dim is not None for a, dim in zip(args, in_dims, strict=True)]
+        if op is propagate_low_rank_backward or any(mapped[first:]):
+            entries = [a.movedim(dim, 0) if m else a for a, dim, m in zip(args, in_dims, mapped, strict=True)]
+            outputs = [op(*(a[i] if m else a for a, m in zip(entries, mapped, strict=True))) for i in range(size)]
+            if not outputs:  # one of zeros, for the shapes
+                entry = (a.new_zeros(a.shape[1:]) if m else a for a, m in zip(entries, mapped, strict=True))
+                outputs = [op(*entry)]
+            return tuple(torch.stack(o)[:size] for o in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+        def join(t: Tensor, dim: int | None) -> Tensor:
+            t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            return t.reshape(size * t.shape[1], *t.shape[2:])
+
+        joined = [join(a, dim) for a, dim in zip(args[:first], in_dims[:first], strict=True)]
+        outputs = op(*joined, *args[first:])
+        images = args[0].shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
+        split = (o.reshape(size, images, *o.shape[1:]) if o.dim() > 1 else o.new_empty((size, 0)) for o in outputs)
+        return tuple(split), (0, 0)
+
+    torch.library.register_vmap(op, vmap, lib=library)
+
+
+_library.register_implementation("propagate_low_rank", _forward)
+_library.register_implementation("propagate_low_rank_backward", _backward)
+_library.register_autograd(propagate_low_rank, propagate_low_rank_backward, 4, _tangent, (1, 2, 3))
+_library.register_once_differentiable(propagate_low_rank_backward)
+_library.register_autocast(propagate_low_rank)
+_register_vmap(propagate_low_rank, 2)
+_register_vmap(propagate_low_rank_backward, 3)
