@@ -2,6 +2,8 @@
 // neighbours are whole vectors then, short lines waste nothing, and no direction needs a transpose.
 #pragma once
 
+#include <type_traits>
+
 #include "scan.hpp"
 
 namespace {
@@ -96,6 +98,69 @@ struct Steps {
   int64_t at(int64_t i) const { return first + i * line; }
 };
 
+// Four pixels of kWide channels, `apart` elements from each other, between memory and a vector a pixel. Parts of four
+// pixels are read into their places within a vector, so that half the shuffles of transpose8 remain.
+#if defined(__AVX2__)
+constexpr bool kQuads = true;
+
+GSPN_INLINE Float8 load_halves(const float* p, int64_t apart) {
+  return bit_cast<Float8>(_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + apart), 1));
+}
+GSPN_INLINE void store_halves(float* p, int64_t apart, Float8 v) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(bit_cast<__m256>(v)));
+  _mm_storeu_ps(p + apart, _mm256_extractf128_ps(bit_cast<__m256>(v), 1));
+}
+#if defined(__AVX512F__)
+using Quad = Float8x2;
+GSPN_INLINE Quad load_parts(const float* p, int64_t apart) {
+  return __builtin_shufflevector(load_halves(p, apart), load_halves(p + 2 * apart, apart), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9,
+                                 10, 11, 12, 13, 14, 15);
+}
+GSPN_INLINE void store_parts(float* p, int64_t apart, Quad v) {
+  store_halves(p, apart, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+  store_halves(p + 2 * apart, apart, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+GSPN_INLINE void transpose4(Quad (&v)[4]) {
+  const Quad a = __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  const Quad b = __builtin_shufflevector(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  const Quad c = __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  const Quad d = __builtin_shufflevector(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  v[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  v[1] = __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  v[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  v[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+#else
+using Quad = Float8;
+GSPN_INLINE Quad load_parts(const float* p, int64_t apart) { return load_halves(p, apart); }
+GSPN_INLINE void store_parts(float* p, int64_t apart, Quad v) { store_halves(p, apart, v); }
+GSPN_INLINE void transpose4(Quad (&v)[4]) {
+  const Quad a = __builtin_shufflevector(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Quad b = __builtin_shufflevector(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const Quad c = __builtin_shufflevector(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Quad d = __builtin_shufflevector(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  v[0] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+  v[1] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+  v[2] = __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
+  v[3] = __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+#endif
+
+GSPN_INLINE void load_quad(const float* p, int64_t apart, Quad (&v)[4]) {
+  for (int64_t i = 0; i < 4; ++i) v[i] = load_parts(p + i * apart, 4 * apart);
+  transpose4(v);
+}
+GSPN_INLINE void store_quad(float* p, int64_t apart, Quad (&v)[4]) {
+  transpose4(v);
+  for (int64_t i = 0; i < 4; ++i) store_parts(p + i * apart, 4 * apart, v[i]);
+}
+#else
+constexpr bool kQuads = false;
+using Quad = Float8;
+inline void load_quad(const float*, int64_t, Quad (&)[4]) {}
+inline void store_quad(float*, int64_t, Quad (&)[4]) {}
+#endif
+
 // The place of every pixel, row by row, in a layout.
 class Places {
  public:
@@ -109,6 +174,14 @@ class Places {
   template <class S, class A>
   void load(const Field& f, const S* planes, int64_t count, int64_t apart, A* to) const {
     constexpr int K = kWide<A>;
+    if constexpr (kQuads && std::is_same<S, float>::value) {
+      if (count == K && can_quads(f))
+        return for_quads(f, [&](int64_t from, const int32_t* at) __attribute__((always_inline)) {
+          Quad v[4];
+          load_quad(planes + from, apart, v);
+          for (int64_t i = 0; i < 4; ++i) store_wide(to + at[i] * int64_t(K), v[i]);
+        });
+    }
     for_blocks(
         f, K,
         [&](int64_t from, const int32_t* at, int64_t k) __attribute__((always_inline)) {
@@ -126,6 +199,14 @@ class Places {
   template <class S, class A>
   void store(const A* from, const Field& f, S* planes, int64_t count, int64_t apart) const {
     constexpr int K = kWide<A>;
+    if constexpr (kQuads && std::is_same<S, float>::value) {
+      if (count == K && can_quads(f))
+        return for_quads(f, [&](int64_t to, const int32_t* at) __attribute__((always_inline)) {
+          Quad v[4];
+          for (int64_t i = 0; i < 4; ++i) v[i] = load_wide(from + at[i] * int64_t(K));
+          store_quad(planes + to, apart, v);
+        });
+    }
     for_blocks(
         f, K,
         [&](int64_t to, const int32_t* at, int64_t k) __attribute__((always_inline)) {
@@ -142,15 +223,29 @@ class Places {
   }
 
  private:
-  // Calls block(offset in a plane, places, channel) for eight consecutive pixels and eight channels, or one(...) for a
-  // single pixel. Eight pixels may cross rows of a dense plane, and the last eight may overlap the ones before.
-  template <class Block, class One>
-  GSPN_INLINE void for_blocks(const Field& f, int64_t channels, const Block& block, const One& one) const {
+  // Calls run(offset in a plane, places, length) for pixels that lie evenly: a row, or a whole dense plane.
+  template <class Run>
+  GSPN_INLINE void for_runs(const Field& f, const Run& run) const {
     const bool dense = f.col == 1 && (f.row == W_ || H_ == 1);
     const int64_t runs = dense ? 1 : H_, length = dense ? H_ * W_ : W_;
-    for (int64_t run = 0; run < runs; ++run) {
-      const int32_t* const at = at_.get() + run * length;
-      const int64_t begin = run * f.row;
+    for (int64_t r = 0; r < runs; ++r) run(r * f.row, at_.get() + r * length, length);
+  }
+  bool can_quads(const Field& f) const { return f.col == 1 && (W_ >= 4 || (f.row == W_ && H_ * W_ >= 4)); }
+  // Calls quad(offset in a plane, places) for four consecutive pixels; the last four may overlap the ones before.
+  template <class Visit>
+  GSPN_INLINE void for_quads(const Field& f, const Visit& quad) const {
+    for_runs(f, [&](int64_t begin, const int32_t* at, int64_t length) __attribute__((always_inline)) {
+      for (int64_t q = 0; q < length; q += 4) {
+        const int64_t j = block_begin(q, length - 4);
+        quad(begin + j, at + j);
+      }
+    });
+  }
+  // Calls block(offset in a plane, places, channel) for eight consecutive pixels and eight channels, or one(...) for a
+  // single pixel. The last eight pixels may overlap the ones before.
+  template <class Block, class One>
+  GSPN_INLINE void for_blocks(const Field& f, int64_t channels, const Block& block, const One& one) const {
+    for_runs(f, [&](int64_t begin, const int32_t* at, int64_t length) __attribute__((always_inline)) {
       for (int64_t k = 0; k < channels; k += kLanes) {
         if (f.col == 1 && length >= kLanes) {
           for (int64_t q = 0; q < length; q += kLanes) {
@@ -161,7 +256,7 @@ class Places {
           for (int64_t j = 0; j < length; ++j) one(begin + j * f.col, at + j, k);
         }
       }
-    }
+    });
   }
 
   int64_t H_, W_;
