@@ -64,14 +64,14 @@ def test_every_row_has_a_line_of_the_table(trial):
 
 
 def test_bench_prints_json_or_a_table_and_writes_files(capsys, tmp_path):
-    out = ("--out", str(tmp_path / "result.json"), str(tmp_path))
+    out = ("--out", str(tmp_path / "new" / "result.json"), str(tmp_path))
     threads = torch.get_num_threads()
     record, _ = bench(capsys, "--filter", "saved memory", "small", "--repeats", "2", *out)
     assert torch.get_num_threads() == threads
     assert record["info"]["threads"] == 1
     assert [row["case"] for row in record["rows"]] == ["horizontal/vertical, small", "saved memory"]
     assert record["rows"][0]["repeats"] == 2
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.rglob("*.json"))
     assert len(files) == 2 and f"-torch{torch.__version__.partition('+')[0]}-" in files[0].name + files[1].name
     assert all(json.loads(file.read_text()) == record for file in files)
     assert cli.main(["bench", "--quick", "--filter", "saved memory"]) == 0

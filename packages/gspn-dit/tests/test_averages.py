@@ -63,6 +63,12 @@ def test_of_a_run(tmp_path):
     last = sorted((tmp_path / "once" / "averages").iterdir())[-1]
     ours, theirs = load_file(last), load_file(tmp_path / "parts" / "averages" / last.name)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(
+        ValueError, match="average_every must be a number to continue .*, got None: its averages are of"
+    ):
+        train(make(TrainConfig, tiny_run(str(tmp_path / "parts"), **options | {"average_every": None, "steps": 7})))
+    train(make(TrainConfig, tiny_run(str(tmp_path / "parts"), **options | {"average_every": 1, "steps": 7})))
+    assert "step-00000007-average-0.05.safetensors" in {file.name for file in find_snapshots(tmp_path / "parts")}
 
     run, out = str(tmp_path / "whole"), tmp_path / "model"
     values = {"checkpoint": run, "out": str(out), "length": 0.08, "progress": False}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNet2DModel, UNetMotionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNet2DModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file, save_file
 from t2i_cases import UNETS, inputs, run, same, sd_unet, sdxl_unet
@@ -234,9 +234,11 @@ def test_save_a_mounted_unet(discard, tmp_path):
     if discard:
         assert sum(p.numel() for p in unet.parameters()) < 1.2 * sum(p.numel() for p in state.values())
         with pytest.raises(
-            ValueError, match="self-attentions were discarded cannot be saved; load it again, or save the"
+            ValueError, match="self-attentions were discarded cannot be saved or copied; load it again, or save the"
         ):
             unet.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="cannot be saved or copied"):
+            ControlNetModel.from_unet(unet)
         with pytest.raises(ValueError, match="with discard=True cannot be unmounted"):
             adapter.unmount()
         assert not list(tmp_path.iterdir())

@@ -78,6 +78,23 @@ def test_onnx_of_any_size(onnxruntime, tmp_path):
         assert_equal(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), model, x)
 
 
+def test_onnx_of_any_size_where_the_last_map_is_a_pixel(onnxruntime, tmp_path, monkeypatch):
+    """The exporter treats sizes of 1 as constants; so the model is traced with larger images."""
+    model, path = tiny("gspn2_nano"), tmp_path / "model.onnx"
+    export(model, path, input_size=(3, 32, 32), dynamic_size=True)
+    session = onnxruntime.InferenceSession(path)
+    for shape in ((2, 3, 32, 32), (1, 3, 48, 48), (2, 3, 64, 96)):
+        x = images(*shape)
+        assert_equal(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), model, x)
+
+    def fail(*_):
+        raise Exception("Reshape\nmore")
+
+    monkeypatch.setattr("gspn_vision.export._onnx", lambda *_: fail)
+    with pytest.raises(ExportMismatchError, match=r"^the file does not run on images \(2, 3, 64, 64\): Reshape$"):
+        export(model, path, input_size=(3, 32, 32), dynamic_size=True)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 def test_timms_own_export(onnxruntime, tmp_path):
     """timm's onnx_export.py makes the model with exportable=True, and knows no operators but torch's."""

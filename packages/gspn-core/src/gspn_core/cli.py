@@ -68,11 +68,10 @@ def _bench(args: argparse.Namespace) -> int:
     import torch
 
     from . import _backend
-    from .bench import runner
-    from .bench.cpu_cases import make_cases
+    from .bench import cpu_cases, rival_cases, runner
     from .bench.harness import Lab
 
-    cases = runner.select(make_cases(quick=args.quick), args)
+    cases = runner.select([c for m in (cpu_cases, rival_cases) for c in m.make_cases(quick=args.quick)], args)
     if args.list:
         return 0
     extension = _backend.extension()

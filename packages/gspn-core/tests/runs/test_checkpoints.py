@@ -12,7 +12,7 @@ from torch import nn
 
 from gspn_core.runs import checkpoints, files
 from gspn_core.runs.errors import NonFiniteLossError
-from gspn_core.runs.files import read_tensors
+from gspn_core.runs.files import read_json, read_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -157,8 +157,19 @@ def test_foreign_files(tmp_path):
     (folder / "state.json").unlink()
     assert checkpoints.read_state(folder, "other 2") == {}
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+    with pytest.raises(ValueError, match=r"index\.json is damaged: .*; remove it, and the newest checkpoint"):
         checkpoints.latest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+def test_a_damaged_file_says_the_way_on(tmp_path, name):
+    write(tmp_path, 1, best=None)
+    folder = checkpoints.latest(tmp_path)
+    (folder / name).write_text("{")
+    with pytest.raises(
+        ValueError, match=rf"{name} is damaged: .*; to go on from an older checkpoint, name it in .*json"
+    ):
+        read_json(folder / name) if name == "state.json" else read_tensors(folder / name)
 
 
 def test_weights_of_another_model():

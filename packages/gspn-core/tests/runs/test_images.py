@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gspn_core.runs.images import UnreadableImageError, find_images, read_image
+from gspn_core.runs.images import UnreadableImageError, find_images, read_image, subfolders
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
 
@@ -91,7 +91,7 @@ def test_too_many_open_files_are_no_fault_of_an_image(monkeypatch):
         read_image(b"x")
 
 
-def test_find_images(tmp_path):
+def test_find_images(tmp_path, capsys):
     """Hidden files and folders are passed over, loops of links entered once, and links to nothing are found."""
     (tmp_path / "b" / ".ipynb_checkpoints").mkdir(parents=True)
     for name in ("b/1.PNG", "b/0.png", "b/.2.png", "b/.ipynb_checkpoints/0.png", "b/notes.pdf", "a.jpg", "png"):
@@ -102,6 +102,10 @@ def test_find_images(tmp_path):
     (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     found = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, (".png", ".jpg"))]
     assert found == ["a.jpg", "b/0.png", "b/1.PNG", "b/gone.png", "c/0.png", "c/1.PNG", "c/gone.png"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4 and all(line.startswith("left out: ") for line in said)
+    assert any(str(tmp_path / "b" / "up") in line for line in said)
+    assert subfolders(tmp_path / "b") == [] and subfolders(tmp_path) == [tmp_path / "b", tmp_path / "c"]
     with pytest.raises(UnreadableImageError, match=r"cannot read image '.*gone\.png': there is no such file"):
         read_image(tmp_path / "b" / "gone.png")
 

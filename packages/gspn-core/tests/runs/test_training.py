@@ -138,14 +138,22 @@ def test_fewer_steps_than_a_run_has_done(tmp_path):
         check_steps(tmp_path, 5, 4)
 
 
-def test_termination_is_noted_once_and_undone():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    "number,message,status",
+    [(signal.SIGTERM, "terminated after 2 updates, which", 143), (signal.SIGINT, "interrupted after 2 updates", 130)],
+)
+def test_termination_is_noted_once_and_undone(number, message, status):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     with Termination(make_accelerator("cpu")) as termination:
         assert not termination.asked(1)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         assert termination.asked(2)
+        error = termination.error(2)
+        assert isinstance(error, KeyboardInterrupt) and str(error).startswith(message) and error.status == status
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
-    assert signal.getsignal(signal.SIGTERM) is before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert before == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 
 
 def test_termination_outside_the_main_thread_is_left_alone():

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import make_folder, write_json, write_text
 from gspn_core.runs.options import to_dict
 from gspn_core.runs.training import use_cpu
@@ -64,7 +65,9 @@ def read_labels(source: str, count: int) -> Tensor:
                 with values:
                     values = values["labels"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"labels: {path} must be a JSON list, an .npy, or an .npz with labels ({error})") from error
+        raise ValueError(
+            f"labels: {path} must be a JSON list, an .npy, or an .npz with labels ({reason(error)})"
+        ) from error
     if values.shape != (count,) or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"labels: {path} must hold {count} whole numbers, got {values.dtype} {values.shape}")
     return torch.from_numpy(values.astype(np.int64))

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from tqdm import tqdm
 
+from gspn_core.runs.errors import reason
+
 SPATIAL_CHANNELS = 7  # of the 17 x 17 map: 2023 features, about as many as the pooled ones
 
 
@@ -75,7 +77,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_state_dict(str(path), weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors raise different exceptions
-        raise ValueError(f"extractor_weights: {path} cannot be read as weights ({error})") from error
+        raise ValueError(f"extractor_weights: {path} cannot be read as weights ({reason(error)})") from error
 
 
 # Where a call of Inception keeps its spatial features: of the call, not of the module, which threads may share.
@@ -115,7 +117,9 @@ class InceptionExtractor(Extractor):
             )
         except Exception as error:
             if weights is not None:
-                raise ValueError(f"extractor_weights: {weights} is not of this InceptionV3 ({error})") from error
+                raise ValueError(
+                    f"extractor_weights: {weights} is not of this InceptionV3 ({reason(error)})"
+                ) from error
             raise FileNotFoundError(
                 f"the InceptionV3 weights cannot be downloaded ({error}): get {URL_INCEPTION_V3} "
                 f"and give the file {URL_INCEPTION_V3.rsplit('/', 1)[1]} as extractor_weights"
@@ -240,7 +244,7 @@ def build_extractor(
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"extractor_import: cannot import {module!r} ({error})") from error
+            raise ValueError(f"extractor_import: cannot import {module!r} ({reason(error)})") from error
     path = None if weights is None else Path(weights)
     if name.startswith("timm:"):
         return TimmExtractor(name.removeprefix("timm:"), path, kwargs, mean, std, size)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import read_json
 
 FORMAT = "gspn-dit features 2"
@@ -87,7 +88,7 @@ def open_shard(folder: Path, settings: Mapping[str, Any], number: int) -> tuple[
         shard = safe_open(path, framework="pt")
         moments, labels, index = shard.get_slice("moments"), shard.get_tensor("labels"), shard.get_tensor("index")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}; run `gspn-dit extract` again") from None
+        raise ValueError(f"{path} is damaged: {reason(error)}; run `gspn-dit extract` again") from None
     shape = [len(items), 2, 2 * channels, height, width]
     if moments.get_shape() != shape or index.tolist() != list(items) or labels.shape != index.shape:
         raise ValueError(

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from gspn_core.runs.images import UnreadableImageError, find_images, read_image
+from gspn_core.runs.errors import reason
+from gspn_core.runs.images import UnreadableImageError, find_images, read_image, subfolders
 
 _SYNONYMS = {"val": "validation", "validation": "val"}
 _SPLITS = ("train", "val", "validation", "test")
@@ -173,10 +174,6 @@ def _choose_split(splits: Sequence[str], split: str | None, name: str) -> str:
     raise ValueError(f"split must be one of {', '.join(splits)} for {name!r}, got {split!r}")
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
 def _class_folder(folder: Path, split: str | None) -> Any:
     """Open a folder with a folder per class, possibly in folders for splits; None if it is of another kind.
 
@@ -186,16 +183,16 @@ def _class_folder(folder: Path, split: str | None) -> Any:
     import datasets
     from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-    subfolders = _subfolders(folder)
-    if any((place / f"metadata.{kind}").is_file() for place in (folder, *subfolders) for kind in _METADATA):
+    inner = subfolders(folder)
+    if any((place / f"metadata.{kind}").is_file() for place in (folder, *inner) for kind in _METADATA):
         return None
-    splits = {path.name: path for path in subfolders if path.name in _SPLITS and _subfolders(path)}
-    if not splits and all(path.name in _SPLITS for path in subfolders):
-        if any(is_image_file(path.name) for place in (folder, *subfolders) for path in place.iterdir()):
+    splits = {path.name: path for path in inner if path.name in _SPLITS and subfolders(path)}
+    if not splits and all(path.name in _SPLITS for path in inner):
+        if any(is_image_file(path.name) for place in (folder, *inner) for path in place.iterdir()):
             raise ValueError(f"the images of {str(folder)!r} have no labels: there must be a folder per class")
         return None
     root = splits[_choose_split(list(splits), split, str(folder))] if splits else folder
-    numbers = {path.name: number for number, path in enumerate(_subfolders(root))}
+    numbers = {path.name: number for number, path in enumerate(subfolders(root))}
     samples = [(str(file), n) for name, n in numbers.items() for file in find_images(root / name, IMG_EXTENSIONS)]
     if not samples:
         return None
@@ -215,7 +212,7 @@ def _from_disk(folder: Path, split: str | None) -> Any:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets and pyarrow raise many exceptions of their own
-        raise ValueError(f"the data set in {str(folder)!r} is damaged: {error}") from error
+        raise ValueError(f"the data set in {str(folder)!r} is damaged: {reason(error)}") from error
     if isinstance(found, datasets.DatasetDict):
         return found[_choose_split(list(found), split, str(folder))]
     _choose_split([str(found.split or "train")], split, str(folder))
@@ -232,9 +229,9 @@ def _explaining(name: str) -> Iterator[None]:
         hint = (
             "" if Path(name).is_dir() else ": it is no folder, and the Hub has none of this name or cannot be reached"
         )
-        raise FileNotFoundError(f"no data set {name!r}{hint} ({str(error).splitlines()[0]})") from error
+        raise FileNotFoundError(f"no data set {name!r}{hint} ({reason(error)})") from error
     except (ValueError, RuntimeError, DatasetBuildError) as error:
-        raise ValueError(f"cannot open the data set {name!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot open the data set {name!r}: {reason(error)}") from error
 
 
 def _load(name: str, split: str | None) -> Any:

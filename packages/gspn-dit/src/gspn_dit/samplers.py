@@ -15,6 +15,8 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from gspn_core.runs.errors import reason
+
 SAMPLERS = {"noise": ("ancestral", "ddim"), "flow": ("euler", "heun", "sde", "dopri5")}
 
 # Of the adaptive sampler, SiT's.
@@ -130,6 +132,6 @@ def _solver() -> Callable[..., Any]:
     try:
         from torchdiffeq import odeint  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ValueError(f"sampler 'dopri5' needs torchdiffeq: pip install torchdiffeq ({error})") from None
+        raise ValueError(f"sampler 'dopri5' needs torchdiffeq: pip install torchdiffeq ({reason(error)})") from None
     solve: Callable[..., Any] = odeint
     return solve

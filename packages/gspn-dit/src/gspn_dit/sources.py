@@ -16,6 +16,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.images import find_images, read_image
 
 from .extractors import Batches
@@ -47,7 +48,7 @@ def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: is no .npz, or a damaged one ({error})") from error
+        raise ValueError(f"{path}: is no .npz, or a damaged one ({reason(error)})") from error
 
 
 class NpzImages:

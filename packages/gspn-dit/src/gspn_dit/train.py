@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
-from gspn_core.runs.errors import TerminatedError
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import locked, make_folder, read_tensors, write_text
 from gspn_core.runs.logs import Log, last_value
 from gspn_core.runs.options import to_dict, to_yaml, warmup_of
@@ -42,7 +42,7 @@ from .sample import save_png
 from .vae import fingerprint, load_vae
 
 FREE = FREE_TO_CHANGE | {"vae", "sample_every", "sample_count", "sampler_steps", "guidance"}
-FREE |= {"fid_every", "fid_count", "reference", "extractor", "extractor_weights", "extractor_kwargs"}
+FREE |= {"average_every", "fid_every", "fid_count", "reference", "extractor", "extractor_weights", "extractor_kwargs"}
 
 
 class Trainer:
@@ -97,7 +97,9 @@ class Trainer:
         try:
             model = GSPNDiTTransformer2DModel.from_preset(config.model, **options)
         except TypeError as error:
-            raise ValueError(f"model_kwargs {config.model_kwargs} do not suit {config.model}: {error}") from None
+            raise ValueError(
+                f"model_kwargs {config.model_kwargs} do not suit {config.model}: {reason(error)}"
+            ) from None
         if model.config.in_channels != channels:
             raise ValueError(f"in_channels must be the {channels} of the data, got {model.config.in_channels}")
         if model.config.num_classes < len(self.class_names):
@@ -130,6 +132,12 @@ class Trainer:
         state = checkpoints.read_state(newest, FORMAT) if newest else {}
         if newest:
             check_same_run(self.folder, state["config"] | state["facts"], to_dict(config) | self._facts, FREE)
+            before = state["config"]["average_every"]
+            if (before is None) != (config.average_every is None):
+                raise ValueError(
+                    f"average_every must be {'null' if before is None else 'a number'} to continue the run in "
+                    f"{self.folder}, got {config.average_every}: its averages are of all updates or of none"
+                )
             check_steps(self.folder, state["step"], config.steps)
             checkpoints.load_weights(self.bare_model, read_tensors(newest / WEIGHTS["model"]), newest)
         elif config.start_from is not None:
@@ -350,7 +358,7 @@ class Trainer:
                 )
                 if stop:
                     self._save()
-                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
+                    raise termination.error(self.step)
                 if save:
                     self._save()
                 if grid_due:

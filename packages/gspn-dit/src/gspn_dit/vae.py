@@ -15,6 +15,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
+from gspn_core.runs.errors import reason
+
 VAE: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderTiny
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC, AutoencoderTiny)}
 _NO_VARIANCE = -30.0  # the least log-variance that posteriors have
@@ -43,7 +45,7 @@ def _find(path: str) -> tuple[dict[str, Any], str | None]:
         try:
             return AutoencoderKL.load_config(path, subfolder=place), place
         except OSError as error:
-            reasons.append(str(error).splitlines()[0])
+            reasons.append(reason(error))
     if folder.is_dir():
         raise ValueError(f"the VAE in {path!r} is damaged: {reasons[0]}")
     raise FileNotFoundError(f"no folder {path!r}, and the Hub has no such VAE or cannot be reached: {reasons[0]}")
@@ -68,7 +70,7 @@ def load_vae(path: str) -> VAE:
             path, subfolder=place, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"the VAE in {path!r} is damaged or incomplete: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the VAE in {path!r} is damaged or incomplete: {reason(error)}") from error
     # diffusers leaves missing weights at random values.
     if report["missing_keys"]:
         raise ValueError(f"the VAE in {path!r} is incomplete: it lacks {report['missing_keys'][0]}")

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import check_record, read_json, write_json, write_tensors
 from gspn_core.runs.options import ImageSize
 from gspn_core.runs.order import AUGMENT, derive_seed
@@ -246,7 +247,9 @@ class Encoded(Dataset[Item]):
             try:
                 self._shards[number] = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"{path} is damaged: {error}; remove it and {INDEX} to encode it again") from None
+                raise ValueError(
+                    f"{path} is damaged: {reason(error)}; remove it and {INDEX} to encode it again"
+                ) from None
         return self._shards[number]
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
-from gspn_core.runs.errors import TerminatedError, explaining_memory
+from gspn_core.runs.errors import explaining_memory
 from gspn_core.runs.files import locked, make_folder, read_tensors, replacing_folder, store_tensors, write_text
 from gspn_core.runs.logs import Log, last_value
 from gspn_core.runs.options import to_dict, to_yaml, warmup_of
@@ -229,7 +229,7 @@ class Distiller:
                     self._write_row("train", **means, lr=self.lr.at(self.step - 1), images_per_second=speed)
                 if stop:
                     self._save()
-                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
+                    raise termination.error(self.step)
                 if save:
                     self._save()
                 if sample:
@@ -289,7 +289,7 @@ class Distiller:
             NonFiniteLossError: the loss became infinite or not a number.
             MemoryError: the device's memory is not enough; the message says what saves some.
             WriteError: the disk is full or not writable.
-            TerminatedError: the process was asked to end, and has saved a checkpoint.
+            StoppedError: the process was asked to end, and has saved a checkpoint.
         """
         began, adapter = time.perf_counter(), self.folder / "adapter"
         with locked(self.folder):

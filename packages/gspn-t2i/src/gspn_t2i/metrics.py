@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import make_folder, replacing
 from gspn_core.runs.images import read_image
 
@@ -81,7 +82,7 @@ def read_statistics(path: Path, widths: Mapping[Any, int], origin: Mapping[str, 
         with zipfile.ZipFile(path), np.load(path) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"reference: {path} is no .npz of numbers, or a damaged one ({error})") from error
+        raise ValueError(f"reference: {path} is no .npz of numbers, or a damaged one ({reason(error)})") from error
     for name, value in origin.items():
         if name in arrays and arrays[name].item() != value:
             raise ValueError(f"reference: {path} is of {name} {arrays[name].item()}, not {value}")
@@ -193,7 +194,7 @@ def _add_clip_configs(folder: Path) -> None:
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:  # before open_clip remembers the folder, which it reads again each time
-            raise ValueError(f"clip_config: {file} is not JSON ({error})") from error
+            raise ValueError(f"clip_config: {file} is not JSON ({reason(error)})") from error
     open_clip.add_model_config(folder)
 
 

@@ -11,7 +11,7 @@ arguments that it had, in whatever thread, and calls at the same time do not see
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import cpu_offload
@@ -159,6 +159,18 @@ def _drop_grid(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, {name: value for name, value in kwargs.items() if name != _GRID}
 
 
+def _refuse_part(attention: Any, prefix: str, _: bool) -> None:
+    """Refuse the state of a part of a UNet, of which a ControlNet is made; that of all of it is what LoRAs look into."""
+    if prefix != f"{attention.name}.":
+        _refuse_state()
+
+
+def _refuse_state() -> NoReturn:
+    raise ValueError(
+        "a UNet whose self-attentions were discarded cannot be saved or copied; load it again, or save the adapter"
+    )
+
+
 def _save_without_adapter(unet: Any, *args: Any, **kwargs: Any) -> None:
     """Save a mounted UNet as the UNet that it is without the adapter.
 
@@ -167,9 +179,7 @@ def _save_without_adapter(unet: Any, *args: Any, **kwargs: Any) -> None:
     """
     adapter = getattr(unet, CHILD)
     if adapter.__dict__["_mounted"]["discard"]:
-        raise ValueError(
-            "a UNet whose self-attentions were discarded cannot be saved; load it again, or save the adapter"
-        )
+        _refuse_state()
     del unet._modules[CHILD]
     try:
         type(unet).save_pretrained(unet, *args, **kwargs)
@@ -188,7 +198,7 @@ def attach(adapter: nn.Module, unet: Any, mixers: dict[str, SelfAttentionMixer],
         attention.__class__ = MixedAttention
         if discard:
             attention._modules.clear()
-    handles = []
+    handles = [a.register_state_dict_pre_hook(_refuse_part) for a in attentions.values() if discard]
     for name in sorted({name.rpartition(".transformer_blocks.")[0] for name in mixers}):
         transformer: Any = unet.get_submodule(name)
         handles.append(transformer.register_forward_pre_hook(_give_grid, with_kwargs=True))

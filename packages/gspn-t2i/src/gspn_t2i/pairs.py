@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.images import find_images
 
 from .captions import METADATA, read_lines
@@ -63,11 +64,11 @@ def read_captions(source: str, count: int | None = None, seed: int | None = None
             captions = read_lines(path)
         captions = [caption.strip() for caption in captions]
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"captions: {path}, {error}") from None
+        raise FileNotFoundError(f"captions: {path}, {reason(error)}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         form = FORMS.get(path.suffix, "text in UTF-8")
-        reason = f"without {error}" if isinstance(error, LookupError) else error
-        raise ValueError(f"captions: {path} must be {form} ({reason})") from error
+        why = f"without {error}" if isinstance(error, LookupError) else reason(error)
+        raise ValueError(f"captions: {path} must be {form} ({why})") from error
     if not captions:
         raise ValueError(f"captions: {path} must hold captions, got none")
     if "" in captions:

@@ -27,7 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor, nn
 
-from gspn_core.runs.errors import is_unreachable
+from gspn_core.runs.errors import is_unreachable, reason
 from gspn_core.runs.files import replacing
 from gspn_core.runs.options import ImageSize, Precision
 from gspn_core.runs.training import use_cpu
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return reason(error)
 
 
 @contextmanager

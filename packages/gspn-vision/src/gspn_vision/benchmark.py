@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import gspn_core
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import write_json
 from gspn_core.runs.options import to_dict
 from gspn_core.runs.training import device_of
@@ -118,7 +119,7 @@ def _round(config: BenchmarkConfig, names: Sequence[str], mode: Mode, batch_size
         try:
             run()
         except (RuntimeError, AssertionError) as error:  # memory, or a model that takes no images of this size
-            rows[name].reason = str(error).strip().splitlines()[0]
+            rows[name].reason = reason(error)
             steps.pop(name, None)
 
     def prepare(name: str) -> None:

@@ -19,6 +19,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from gspn_core.runs import checkpoints
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import read_json, read_tensors, replacing_folder, store_tensors
 
 from .data import Preprocessing
@@ -90,7 +91,7 @@ def read_file(file: str | Path) -> dict[str, Tensor]:
         return checkpoint_filter_fn(load_state_dict(str(file)), nn.Identity())
     except Exception as error:
         # timm delegates to readers of several formats, each of which raises its own exceptions.
-        raise ValueError(f"the weights cannot be read: {file}: {str(error).partition('. ')[0]}") from None
+        raise ValueError(f"the weights cannot be read: {file}: {reason(error).partition('. ')[0]}") from None
 
 
 class Loaded(NamedTuple):
@@ -123,7 +124,7 @@ def load_model(path: str | Path, *, which: str = "best", weights: str = "auto") 
     try:
         model: nn.Module = timm.create_model(f"local-dir:{folder}")
     except (RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder} does not hold a model that timm can build: {error}") from None
+        raise ValueError(f"{folder} does not hold a model that timm can build: {reason(error)}") from None
     checkpoints.load_weights(model, read_file(file) if file else read_weights(folder, weights), file or folder)
     names = config.get("label_names") or [str(number) for number in range(config["num_classes"])]
     preprocessing = Preprocessing.from_timm(config["pretrained_cfg"])

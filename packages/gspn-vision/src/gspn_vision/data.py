@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.images import UnreadableImageError
 from gspn_core.runs.options import ImageSize
 from gspn_core.runs.order import AUGMENT, Order, seed_all
@@ -93,7 +94,8 @@ class Preprocessing:
         try:
             return self._augmented(config)
         except AssertionError as error:  # timm's, of a policy that it does not know
-            raise ValueError(f"auto_augment must be a policy of timm, got {config.auto_augment!r}: {error}") from None
+            policy = config.auto_augment
+            raise ValueError(f"auto_augment must be a policy of timm, got {policy!r}: {reason(error)}") from None
 
     def _augmented(self, config: TrainConfig) -> Any:
         return create_transform(
@@ -166,7 +168,7 @@ def convert(image: Image.Image, mode: str, name: str) -> Image.Image:
     try:
         return image.convert(mode)
     except ValueError as error:
-        raise UnreadableImageError(f"cannot read image {name!r}: {error}") from None
+        raise UnreadableImageError(f"cannot read image {name!r}: {reason(error)}") from None
 
 
 class Samples(Dataset[Sample]):

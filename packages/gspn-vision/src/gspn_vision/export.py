@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import replacing
 
 from .checkpoint import load_model
@@ -78,7 +79,8 @@ def export(
 
     An ONNX file has the input `images`, the output `logits`, and standard operators only. A program of torch.export
     calls the operators of gspn_core, which must be imported before `torch.export.load`; where sizes are open, those of
-    the last stage's map must be 2 or more, that is, images larger than the model's stride.
+    the last stage's map must be 2 or more, that is, images larger than the model's stride. A model is traced with such
+    images in any case, since the exporters treat a size of 1 as a constant.
 
     Args:
         model: (N, C, H, W) to (N, ...), on the CPU and in evaluation mode.
@@ -86,7 +88,7 @@ def export(
         input_size: C, H and W of the images.
         format: "onnx", or "torch" for torch.export.
         batch: N; None leaves it open.
-        dynamic_size: leave H and W open, too; those given are what the model is traced with.
+        dynamic_size: leave H and W open, too.
 
     Raises:
         ValueError: an argument does not fit, or the model does not take such images.
@@ -98,14 +100,14 @@ def export(
     _check_arguments(path, format, input_size, batch)
     open_axes = [axis for axis in _AXES if (batch is None if axis == 0 else dynamic_size)]
     # Two images if the batch size is dynamic: the exporter would treat 1 as a constant.
-    images = _noise((batch or 2, *input_size))
+    images = _noise((batch or 2, input_size[0], *_traced_size(model, input_size[1:], dynamic_size)))
     # Under autograd the scans save states, and torch.export would limit the sizes to those that need as many.
     with torch.no_grad():
         try:
             logits = model(images)
         except (AssertionError, RuntimeError, ValueError) as error:
-            size, reason = f"{input_size[1]}x{input_size[2]}", str(error).partition("\n")[0]
-            raise ValueError(f"the model does not take images of {size}: {reason}") from error
+            size = f"{input_size[1]}x{input_size[2]}"
+            raise ValueError(f"the model does not take images of {size}: {reason(error)}") from error
         with replacing(path, path.suffix) as temporary:
             run = (_onnx if format == "onnx" else _torch)(model, images, temporary, open_axes)
             difference, largest = _compare(run, model, images, open_axes) if run is not None else (None, None)
@@ -118,6 +120,13 @@ def export(
         difference=difference,
         largest=largest,
     )
+
+
+def _traced_size(model: nn.Module, size: Sequence[int], is_open: bool) -> tuple[int, ...]:
+    """Return the size itself if it is fixed, else one whose last map has two pixels or more each way."""
+    info: Any = getattr(model, "feature_info", None)
+    stride = max((entry["reduction"] for entry in info or ()), default=1)
+    return tuple(max(side, 2 * stride) if is_open else side for side in size)
 
 
 def _check_arguments(path: Path, format: str, input_size: tuple[int, int, int], batch: int | None) -> None:
@@ -194,7 +203,11 @@ def _compare(run: _Run, model: nn.Module, images: Tensor, open_axes: list[int]) 
     difference = largest = 0.0
     for size in _sizes(images, open_axes):
         x = _noise(size)
-        expected, ours = model(x), run(x)
+        expected = model(x)
+        try:
+            ours = run(x)
+        except Exception as error:  # of onnxruntime: classes derived from Exception alone
+            raise ExportMismatchError(f"the file does not run on images {tuple(x.shape)}: {reason(error)}") from error
         if ours.shape != expected.shape:
             raise ExportMismatchError(
                 f"the file gives {tuple(ours.shape)} where the model gives {tuple(expected.shape)}"

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gspn_core.runs.errors import reason
+
 from .config import ProfileConfig
 from .models.build import check_name
 from .models.published import PUBLISHED
@@ -53,7 +55,7 @@ def profile(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Pr
     try:
         params, macs = count(model, (height, width), kwargs.get("in_chans", 3))
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"{name} does not take images of {height}x{width}: {error}") from error
+        raise ValueError(f"{name} does not take images of {height}x{width}: {reason(error)}") from error
     return Profile(name, (height, width), params, macs)
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from gspn_core.runs.images import UnreadableImageError, find_images, read_image
+from gspn_core.runs.errors import reason
+from gspn_core.runs.images import UnreadableImageError, find_images, read_image, subfolders
 
 # What torchvision takes for an image, and two more that Pillow decodes itself.
 SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif")
@@ -86,12 +87,7 @@ class Folder:
     def __init__(self, root: Path, class_names: Sequence[str] | None = None) -> None:
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {str(root)!r}")
-        here = (root.resolve(), *root.resolve().parents)  # a link to one of these would hold all classes again
-        files = {
-            folder.name: find_images(folder, SUFFIXES)
-            for folder in sorted(root.iterdir())
-            if folder.is_dir() and not folder.name.startswith(".") and folder.resolve() not in here
-        }
+        files = {folder.name: find_images(folder, SUFFIXES) for folder in subfolders(root)}
         found = list(files)
         if not found:
             raise FileNotFoundError(f"no folders of classes in {str(root)!r}")
@@ -159,7 +155,7 @@ class TimmSource:
             image, label = self._dataset[index]
             return image, int(label)
         except Exception as error:
-            raise UnreadableImageError(f"cannot read image {self.name(index)!r}: {error}") from None
+            raise UnreadableImageError(f"cannot read image {self.name(index)!r}: {reason(error)}") from None
 
     def name(self, index: int) -> str:
         """Return the name that the data set has for an image, or its number."""
@@ -215,7 +211,7 @@ def open_source(
         try:
             dataset = create_dataset(data, root=root, split=split, download=download)
         except (AssertionError, ImportError, OSError, RuntimeError, TypeError) as error:
-            raise ValueError(f"cannot open the data set {data!r}: {error}") from error
+            raise ValueError(f"cannot open the data set {data!r}: {reason(error)}") from error
         source = TimmSource(dataset, data, class_names)
     else:
         raise FileNotFoundError(

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
-from gspn_core.runs.errors import TerminatedError
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import locked, write_text
 from gspn_core.runs.logs import Log
 from gspn_core.runs.options import to_dict, to_yaml, warmup_of
@@ -162,6 +162,9 @@ class Trainer:
         lr = config.lr * (1 if config.lr_batch is None else self.images_per_update / config.lr_batch)
         warmup = round(warmup_of(config.warmup_epochs, config.epochs) * self.updates_per_epoch)
         self.lr = LearningRate(lr, config.min_lr, config.lr_schedule, self.steps, warmup)
+        own = sorted({"lr", "weight_decay", "layer_decay"} & config.optimizer_kwargs.keys())
+        if own:
+            raise ValueError(f"optimizer_kwargs must not have {own[0]}, which is an option of its own")
         try:
             self.optimizer = create_optimizer_v2(
                 self.bare_model,
@@ -172,7 +175,7 @@ class Trainer:
                 **config.optimizer_kwargs,
             )
         except (AssertionError, TypeError, ValueError) as error:
-            raise ValueError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
+            raise ValueError(f"optimizer {config.optimizer!r} cannot be made: {reason(error)}") from None
         if config.compile:
             self.bare_model.compile()
         self.model, self.stepper = self.accelerator.prepare(self.bare_model, self.optimizer)
@@ -375,7 +378,7 @@ class Trainer:
                         self.log.add("train", self.step, **row)
                 if stop:
                     self._save()
-                    raise TerminatedError(f"terminated after {self.step} updates, which are saved")
+                    raise termination.error(self.step)
                 if last or (epoch_ends and self._epoch % config.validate_every == 0):
                     self._validate()
                 if save:

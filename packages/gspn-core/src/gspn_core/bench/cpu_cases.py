@@ -124,7 +124,7 @@ def _propagate_inputs(shape: Shape, gates: int, *, requires_grad: bool = False) 
     return [t.requires_grad_(requires_grad) for t in inputs]
 
 
-def _scan_inputs(shape: Shape, groups: int) -> list[Tensor]:
+def scan_inputs(shape: Shape, groups: int) -> list[Tensor]:
     """Return x, and weights whose sum is below one, so that the state stays bounded."""
     n, _, h, w = shape
     generator = torch.Generator().manual_seed(0)
@@ -141,7 +141,7 @@ def _require_equal(what: str, ours: Sequence[Tensor], expected: Sequence[Tensor]
 
 
 def _line_scan(name: str, shape: Shape, direction: str) -> dict[str, Function]:
-    x, weights = _scan_inputs(shape, 1)
+    x, weights = scan_inputs(shape, 1)
     scans = {OURS: line_scan, "reference": reference.line_scan}
     functions = {key: partial(scan, x, weights, direction=direction) for key, scan in scans.items()}
     _require_equal(name, *([f()] for f in functions.values()))
@@ -169,7 +169,7 @@ def _horizontal_and_vertical(name: str, shape: Shape) -> dict[str, Function]:
 def _large_maps(name: str, shape: Shape) -> dict[str, Function]:
     """Return each direction's kernel and a copy, on memory that is already mapped, and a public call and a clone."""
     n, c = shape[:2]
-    x, weights = _scan_inputs(shape, c)
+    x, weights = scan_inputs(shape, c)
     h, copied = torch.empty_like(x), torch.empty_like(weights)
     functions: dict[str, Function] = {}
     for index, direction in enumerate(DIRECTIONS):
@@ -194,7 +194,7 @@ def _call_cost(name: str, op: str) -> dict[str, Function]:
         calls = {"": propagate, "bare operator, ": lambda *t: bare(*t, [0, 1, 2, 3])[0]}
         expected = reference.propagate(*inputs)
     else:
-        inputs = [*_scan_inputs(PIXEL, 1), torch.ones(PIXEL)]
+        inputs = [*scan_inputs(PIXEL, 1), torch.ones(PIXEL)]
         calls = {"": partial(line_scan, direction=DIRECTIONS[2]), "bare operator, ": lambda *t: bare(*t, 2)[0]}
         expected = reference.line_scan(*inputs, direction=DIRECTIONS[2])
     _require_equal(name, [calls[""](*inputs)], [expected])

@@ -54,7 +54,8 @@ def _cells(row: Row) -> dict[str, str]:
     compared = f"{row['op']}; {row['heads']} heads" if "heads" in row else ""
     if versus is not None:
         rival = versus["pass"] if versus["case"] == row["case"] else versus["case"]
-        compared = f"{row['speedup']:.3g}x as fast as {rival} ({_number(versus['time_us'])})"
+        compiled = f", compiled in {versus['compile_s']:.3g} s" if "compile_s" in versus else ""
+        compared = f"{row['speedup']:.3g}x as fast as {rival} ({_number(versus['time_us'])}{compiled})"
     met = {True: "yes", False: "no", None: "unknown"}
     targets = [f"{t['quantity']} {t['comparison']} {t['value']:g}: {met[t['met']]}" for t in row["targets"]]
     numbers = {column: _number(row.get(key), SCALES.get(column, 1.0)) for column, key in COLUMNS.items()}

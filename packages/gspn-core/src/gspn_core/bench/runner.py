@@ -32,16 +32,16 @@ FACTS += ("batch", "tokens", "channels", "heads")
 
 
 def select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
-    """Return the cases that --filter names, and show them if --list asks for it. Checks --out, too."""
-    for out in args.out or ():
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out must name a file in an existing folder, got {str(out)!r}")
+    """Return the cases that --filter names, and show them if --list asks for it; else make the folders of --out."""
     wanted = args.filter or [""]
     selected = [case for case in cases if any(text in f"{case.group}: {case.name}" for text in wanted)]
     if not selected:
         raise UserError(f"no case contains {' or '.join(map(repr, wanted))}; --list shows them")
     if args.list:
         print("\n".join(f"{case.group}: {case.name}" for case in selected))
+        return selected
+    for out in args.out or ():
+        out.parent.mkdir(parents=True, exist_ok=True)
     return selected
 
 
@@ -162,7 +162,8 @@ def derive(cases: Sequence[Case], record: dict[str, Any], measured: dict[tuple[s
             row["ratio"] = row["time_us"] / row["floor_us"]
             row["copy_fraction"] = row["bytes_per_s"] / roof["bytes_per_s"]
         if rival in measured:
-            row["versus"] = {"case": rival[0], "pass": rival[1], "time_us": measured[rival]["time_us"]}
+            kept = {key: value for key, value in measured[rival].items() if key in ("time_us", "compile_s")}
+            row["versus"] = {"case": rival[0], "pass": rival[1], **kept}
             row["speedup"] = row["versus"]["time_us"] / row["time_us"]
             row["slowdown"] = 1 / row["speedup"]
         for target in row["targets"]:

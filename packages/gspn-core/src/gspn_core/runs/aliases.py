@@ -49,6 +49,10 @@ OURS = {
 }
 
 
+# Options of others whose values are not ours, but which ours replaces.
+INSTEAD = {"height": "image_size", "width": "image_size"}
+
+
 def translate(words: Sequence[str], options: Collection[str]) -> list[str]:
     """Replace the names of other projects on a command line by ours, where a command has that option."""
     ours = {f"--{theirs.replace('_', '-')}": name for theirs, name in OURS.items() if theirs not in options}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .errors import NonFiniteLossError, WriteError
+from .errors import NonFiniteLossError, WriteError, reason
 from .files import make_folder, read_json, read_tensors, replacing_folder, store_tensors, write_json
 
 INDEX = "index.json"
@@ -116,7 +116,7 @@ def save(
             (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         write_json(folder / INDEX, {"latest": final.name} | ({} if best is None else {"best": best}))
     except WriteError as error:
-        raise WriteError(f"{error}; last good checkpoint: {latest(folder) or 'none'}") from error
+        raise WriteError(f"{reason(error)}; last good checkpoint: {latest(folder) or 'none'}") from error
     whole = _whole(folder)
     kept = {*whole[-keep:], final, folder / (best or final.name)}
     for path in {*whole, *folder.glob(".step-*")} - kept:
@@ -187,14 +187,14 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
         with _keeping_weights(model):
             flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     except NotImplementedError as error:
-        raise ValueError(f"the state of {type(optimizer).__name__} cannot be stored: {error}") from error
+        raise ValueError(f"the state of {type(optimizer).__name__} cannot be stored: {reason(error)}") from error
     # Of a group's tensors every parameter of the group has the same one, which safetensors refuses.
     tensors = {name: value.clone() for name, value in flat.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in flat.items() if name not in tensors}
     try:
         json.dumps(values)
     except TypeError as error:
-        raise ValueError(f"the state of {type(optimizer).__name__} cannot be stored: {error}") from error
+        raise ValueError(f"the state of {type(optimizer).__name__} cannot be stored: {reason(error)}") from error
     return tensors, values
 
 

@@ -3,7 +3,8 @@
 0    done
 1    the work failed: a loss that is not finite, memory, the disk, results that disagree
 2    the call was wrong: an option, a file, data that do not fit
-130  interrupted (Ctrl-C, or SIGTERM while training, which saves a checkpoint first)
+130  interrupted by Ctrl-C; training saves a checkpoint first
+143  training was ended by SIGTERM, and has saved a checkpoint
 """
 
 from __future__ import annotations
@@ -113,12 +114,12 @@ def _status(error: BaseException, program: str, resumable: bool) -> int:
     """Say on one line what went wrong, and return the exit status."""
     if isinstance(error, KeyboardInterrupt):
         advice = "; run the same command again to continue" if resumable else ""
-        line, status = f"{str(error) or 'interrupted'}{advice}", 130
+        line, status = f"{str(error) or 'interrupted'}{advice}", getattr(error, "status", 130)
     else:
         # An error in a loader process comes with its traceback; its own line is the last.
         line = f"error: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
         status = 1 if isinstance(error, (ArithmeticError, WriteError)) or is_out_of_memory(error) else 2
-    if status != 130 or int(os.environ.get("RANK", "0")) == 0:
+    if status < 128 or int(os.environ.get("RANK", "0")) == 0:
         print(f"{program}: {line}", file=sys.stderr)
     return status
 

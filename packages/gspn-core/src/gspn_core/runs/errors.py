@@ -10,8 +10,22 @@ class NonFiniteLossError(ArithmeticError):
     """The loss, or a weight, became infinite or not a number."""
 
 
-class TerminatedError(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM) and has saved its work."""
+class StoppedError(KeyboardInterrupt):
+    """The process was asked to end, by Ctrl-C or SIGTERM, and has saved its work.
+
+    Args:
+        message: what was done and saved.
+        status: exit status: 128 and the number of the signal.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, or its type if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class WriteError(OSError):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import WriteError
+from .errors import WriteError, reason
 
 
 def _sync(path: Path) -> None:
@@ -60,7 +61,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        raise WriteError(f"cannot write {path}: {error}") from error
+        raise WriteError(f"cannot write {path}: {reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,7 +91,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise WriteError(f"cannot write {path}: {error}") from error
+        raise WriteError(f"cannot write {path}: {reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -127,7 +128,7 @@ def make_folder(path: Path) -> None:
     except FileExistsError:
         raise ValueError(f"out must name a folder, got the file {str(path)!r}") from None
     except OSError as error:
-        raise WriteError(f"cannot create the folder {path}: {error}") from error
+        raise WriteError(f"cannot create the folder {path}: {reason(error)}") from error
 
 
 @contextmanager
@@ -187,6 +188,17 @@ def store_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     save_file(contiguous, path, {"format": "pt", **(metadata or {})})
 
 
+def _damaged(path: Path, error: Exception) -> ValueError:
+    """Return what to raise of a file that cannot be read, with the way on if it is a run's (see `checkpoints`)."""
+    if re.fullmatch(r"step-\d{8,}", path.parent.name):
+        advice = f"; to go on from an older checkpoint, name it in {path.parent.parent / 'index.json'}"
+    elif path.name == "index.json" and any(path.parent.glob("step-*")):
+        advice = "; remove it, and the newest checkpoint beside it counts"
+    else:
+        advice = ""
+    return ValueError(f"{path} is damaged: {reason(error)}{advice}")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -196,7 +208,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise _damaged(path, error) from None
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -210,7 +222,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
         return load_file(path, device=device)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise _damaged(path, error) from None
 
 
 def check_record(path: Path, settings: Mapping[str, Any], free: Collection[str] = (), option: str = "out") -> None:

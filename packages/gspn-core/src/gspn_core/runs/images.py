@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import IO
@@ -12,17 +14,39 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .errors import reason
+
 
 class UnreadableImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
+
+
+@functools.cache
+def _say_left_out(link: str) -> None:
+    print(f"left out: {link!r} is a link to a folder that it lies in, or that led to it", file=sys.stderr)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted: classes, say. Hidden ones are none.
+
+    A link to a folder that it lies in would hold all of them again: it is left out, with a line on standard error.
+    """
+    found, here = [], (folder.resolve(), *folder.resolve().parents)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            if path.resolve() in here:
+                _say_left_out(str(path))
+            else:
+                found.append(path)
+    return found
 
 
 def find_images(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files below a folder whose names end in one of `suffixes`, such as ".png", sorted by path.
 
     Hidden files and folders, such as `.ipynb_checkpoints`, are passed over. Links are followed, but for those to a
-    folder that they lie in or that led to them, which would repeat it without end. A link to nothing is among the
-    files; reading it names it.
+    folder that they lie in or that led to them, which would repeat it without end; a line on standard error names
+    them. A link to nothing is among the files; reading it names it.
     """
     found = []
     led = {os.fspath(folder): {os.path.realpath(folder)}}  # of each place, the folders on the way there
@@ -30,6 +54,8 @@ def find_images(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
         here, way = os.path.realpath(place), led.pop(place)
         inner = {name: os.path.realpath(os.path.join(place, name)) for name in folders if name[0] != "."}
         new = {name for name, real in inner.items() if real not in way and os.path.commonpath((real, here)) != real}
+        for name in inner.keys() - new:
+            _say_left_out(os.path.join(place, name))
         folders[:] = sorted(new)
         led |= {os.path.join(place, name): way | {inner[name]} for name in new}
         found += [Path(place, name) for name in names if name[0] != "." and name.lower().endswith(tuple(suffixes))]
@@ -62,16 +88,14 @@ def read_image(file: str | Path | bytes | IO[bytes], name: str | None = None) ->
             return ImageOps.exif_transpose(_in_8_bits(image))
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders raise OSError, SyntaxError, ValueError, RuntimeError, NotImplementedError, ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, NotImplementedError, ...
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise  # too many open files: no fault of the image
         if isinstance(error, FileNotFoundError):
-            reason = "there is no such file"
+            why = "there is no such file"
         else:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise UnreadableImageError(f"cannot read image {name!r}: {reason}") from None
+            why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise UnreadableImageError(f"cannot read image {name!r}: {why}") from None
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

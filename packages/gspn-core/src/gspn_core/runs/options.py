@@ -30,7 +30,7 @@ from jsonargparse.typing import (
     register_type,
 )
 
-from .aliases import OURS, translate
+from .aliases import INSTEAD, OURS, translate
 from .sizes import ImageSize as ImageSize
 
 Config = TypeVar("Config")
@@ -142,6 +142,19 @@ def _help_of(kind: type[Any]) -> dict[str, str]:
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
 
 
+_KINDS = {
+    "PositiveInt": "an integer from 1",
+    "NonNegativeInt": "an integer from 0",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number from 0",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "<class 'dict'>": "a mapping, such as '{name: 1}'",
+    "<class 'float'>": "a number",
+    "<class 'int'>": "an integer",
+    "<class 'bool'>": "true or false",
+}
+
+
 def _mended(message: str, names: Sequence[str]) -> str:
     """Say in one line what jsonargparse says of an option, and suggest a known one for an unknown."""
     words = " ".join(message.split())
@@ -149,16 +162,29 @@ def _mended(message: str, names: Sequence[str]) -> str:
     if unknown:
         on_line = unknown[1].startswith("--")
         bare = unknown[1].removeprefix("--").replace("-", "_")
-        same = [name for name in (OURS.get(unknown[1]),) if name in names]
+        same = [name for name in ((OURS | INSTEAD).get(bare),) if name in names]
         parts = [name for name in names if bare in name.split("_")]  # `size` of `image_size`, if of nothing else
+        starts = [name for name in names if name.startswith(bare)]  # `clip` of `clip_grad` and `clip_mode`
         near = same or difflib.get_close_matches(bare, names, n=1, cutoff=0.7) or (parts if len(parts) == 1 else [])
-        close = [f"--{name.replace('_', '-')}" if on_line else name for name in near if name]
-        return f"unknown option {unknown[1]!r}" + (f", did you mean {close[0]!r}?" if close else "")
+        near = near or (starts if len(starts) <= 3 else [])
+        close = [repr(f"--{name.replace('_', '-')}" if on_line else name) for name in near if name]
+        return f"unknown option {unknown[1]!r}" + (f", did you mean {' or '.join(close)}?" if close else "")
     # Of a type with alternatives, what each of them expects.
     words = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", words)
+    given = re.search(r" Given value: (.*)", words)
     words = re.sub(r" - Expected a <class 'NoneType'>| Given value type: .*", "", words)
     words = re.sub(r"Not of type \w+: (?=expected)|typing\.", "", words)
-    return re.sub(r'Parser key "(\w+)"( element \d+)?: ', r"\1\2: ", words)
+    words = re.sub(r'Parser key "(\w+)"( element \d+)?: ', r"\1\2: ", words)
+    number = re.fullmatch(r"(\w+(?: element \d+)?): Not of type (\w+): (?:(.*?) ?does not conform .*|.*: (.*))", words)
+    if number and number[2] in _KINDS:
+        value = given[1] if given else (number[3] or number[4] or "").strip("'")
+        return f"{number[1]} must be {_KINDS[number[2]]}, got {value}"
+    other = re.fullmatch(r"(\w+(?: element \d+)?): Expected a (.*?)\. Got value: (.*)", words)
+    if other:
+        choices = re.fullmatch(r"Literal\[(.*)\]", other[2])
+        kind = f"one of {choices[1].replace(chr(39), '')}" if choices else _KINDS.get(other[2], other[2])
+        return f"{other[1]} must be {kind}, got {other[3]}"
+    return words
 
 
 class _Parser(ArgumentParser):

@@ -18,7 +18,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .errors import NonFiniteLossError
+from .errors import NonFiniteLossError, StoppedError
 from .options import LRSchedule as LRSchedule
 
 # What may differ between a run and its continuation. More steps extend it. Data may have been moved: their content is
@@ -112,41 +112,54 @@ def check_steps(folder: Path, done: int, steps: int, name: str = "steps") -> Non
         raise ValueError(f"{name} must be at least the {done} updates that the run in {folder} has done, got {steps}")
 
 
-class Termination:
-    """Takes note of SIGTERM, as of a cluster that needs the machine, so that a run can save before it ends.
+_ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
-    It handles the signal within its `with` block, in the main thread; a second SIGTERM ends the process at once.
+
+class Termination:
+    """Takes note of Ctrl-C, and of SIGTERM, as of a cluster that needs the machine, so that a run can save and end.
+
+    It handles the signals within its `with` block, in the main thread; the second one ends the process at once.
 
     Args:
         accelerator: of the run; all processes agree, at every tenth update where there are several.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self._asked = accelerator, False
+        self.accelerator = accelerator
+        self._signal: signal.Signals | None = None
 
     def __enter__(self) -> Termination:
         self._handled = threading.current_thread() is threading.main_thread()
         if self._handled:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = {number: signal.signal(number, self._note) for number in _ENDINGS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handled:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items() if self._handled else ():
+            signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
-        self._asked = True
+    def _note(self, number: int, _: object) -> None:
+        self._signal = signal.Signals(number)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT and self.accelerator.is_main_process:
+            # Not by print: the signal may have come while it was printing.
+            os.write(2, b"\nends after this update, which is saved; Ctrl-C again ends at once\n")
 
     def asked(self, step: int) -> bool:
         """Tell, after `step` updates, whether to save and end; every process calls it."""
         if self.accelerator.num_processes == 1:
-            return self._asked
+            return self._signal is not None
         if step % 10:
             return False
-        if self._asked:
+        if self._signal is not None:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
+
+    def error(self, step: int) -> StoppedError:
+        """Return what to raise when the run has saved, after `step` updates."""
+        number = self._signal or signal.SIGTERM  # another process was asked
+        return StoppedError(f"{_ENDINGS[number]} after {step} updates, which are saved", 128 + number)
 
 
 @dataclass(frozen=True)

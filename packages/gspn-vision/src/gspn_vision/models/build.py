@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from gspn_core.runs.errors import reason
+
 
 def check_name(name: str) -> None:
     """Refuse a name that timm does not know.
@@ -40,13 +42,13 @@ def build_model(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = Fals
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     except (AssertionError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"model_kwargs do not suit {name}: {error}") from None
+        raise ValueError(f"model_kwargs do not suit {name}: {reason(error)}") from None
     except RuntimeError as error:
         if "No pretrained weights" not in str(error):
             raise
         raise ValueError(f"pretrained: timm has no weights of {name}; give a file as start_from") from None
     except OSError as error:
-        raise FileNotFoundError(f"pretrained: the weights of {name} cannot be had ({error})") from None
+        raise FileNotFoundError(f"pretrained: the weights of {name} cannot be had ({reason(error)})") from None
     return model
 
 
@@ -61,8 +63,7 @@ def check_classifier(model: nn.Module, input_size: tuple[int, int, int], classes
         with torch.no_grad():
             scores: object = model.eval()(torch.zeros(1, *input_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the model does not take images of {height}x{width}: {reason}") from None
+        raise ValueError(f"the model does not take images of {height}x{width}: {reason(error)}") from None
     if not isinstance(scores, Tensor) or scores.shape != wanted:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
