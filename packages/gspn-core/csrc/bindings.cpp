@@ -1,6 +1,9 @@
 // pybind11 module gspn_core._C: runs kernels on pointers, sizes and strides. Independent of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -105,6 +108,15 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("no kernel for dtype " + name);
 }
 
+// What the planes of a task may fill of a core's own cache: half of it, where the system tells its size.
+int64_t second_level_bytes() {
+  long size = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return std::clamp<int64_t>(size > 0 ? size / 2 : 512 * 1024, 128 * 1024, 512 * 1024);
+}
+
 struct Call {
   std::string dtype;
   bool stochastic;
@@ -126,7 +138,8 @@ Params image_params(const Call& call, const TensorArg& x, std::uintptr_t checkpo
     throw std::invalid_argument("one to four directions and a positive interval are needed");
   p.D = int(call.directions.size());
   for (int d = 0; d < p.D; ++d) p.directions[d] = static_cast<gspn::Direction>(call.directions[d]);
-  p.chunk = call.chunk, p.interval = call.interval, p.threads = call.threads;
+  static const int64_t cache = second_level_bytes();
+  p.chunk = call.chunk, p.interval = call.interval, p.threads = call.threads, p.second_level_bytes = cache;
   p.checkpoints = reinterpret_cast<void*>(checkpoints);
   return p;
 }

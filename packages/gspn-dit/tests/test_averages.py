@@ -64,7 +64,7 @@ def test_of_a_run(tmp_path):
     ours, theirs = load_file(last), load_file(tmp_path / "parts" / "averages" / last.name)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(
-        ValueError, match="average_every must be a number to continue .*, got None: its averages are of"
+        ValueError, match=r"average_every must be a number to continue .*, got None: its averages are of"
     ):
         train(make(TrainConfig, tiny_run(str(tmp_path / "parts"), **options | {"average_every": None, "steps": 7})))
     train(make(TrainConfig, tiny_run(str(tmp_path / "parts"), **options | {"average_every": 1, "steps": 7})))

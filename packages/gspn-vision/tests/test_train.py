@@ -212,7 +212,7 @@ def test_bad_runs_write_nothing(tiny_options, tmp_path):
     cases = {
         "model must be a timm model .*, got 'gspn9'": {"model": "gspn9"},
         "optimizer 'adamx' cannot be made": {"optimizer": "adamx"},
-        "optimizer_kwargs must not have lr, which is an option of its own": {"optimizer_kwargs": {"lr": 1}},
+        "optimizer_kwargs must not have lr: give the option lr instead": {"optimizer_kwargs": {"lr": 1}},
         "no folder 'absent'": {"data": "absent"},
         "model_kwargs do not suit gspn2_nano": {"model_kwargs": {"tokens": 3}},
     }

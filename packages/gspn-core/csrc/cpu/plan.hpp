@@ -19,7 +19,6 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- the caches
 
 constexpr int64_t kCacheLine = 64;                  // bytes
-constexpr int64_t kSecondLevelBytes = 512 * 1024;   // what the planes of a task may fill of a core's own cache
 constexpr int64_t kPrefetchBytes = 64 * 1024;       // smaller planes stay in the cache between their tiles
 constexpr int64_t kColdBytes = 14 * 1024 * 1024;    // larger working sets come from DRAM
 constexpr int64_t kStreamBytes = 64 * 1024 * 1024;  // larger outputs do not stay in any cache
@@ -133,7 +132,7 @@ bool streams(const Params& p) {
 inline int64_t forward_block(const Params& p, int64_t element_size) {
   constexpr int64_t kFewest = 8;
   const int64_t group = p.C / p.weights.channels;
-  const int64_t fitting = max64(kFewest, kSecondLevelBytes / max64(1, 2 * p.H * p.W * element_size));
+  const int64_t fitting = max64(kFewest, p.second_level_bytes / max64(1, 2 * p.H * p.W * element_size));
   const int64_t parallel = max64(1, p.N * p.C / p.threads);
   const int64_t block = min64(p.D == 1 ? max64(group, fitting) : fitting, parallel);
   if (block < group) return block;

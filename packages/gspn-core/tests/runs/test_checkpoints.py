@@ -12,7 +12,7 @@ from torch import nn
 
 from gspn_core.runs import checkpoints, files
 from gspn_core.runs.errors import NonFiniteLossError
-from gspn_core.runs.files import read_json, read_tensors
+from gspn_core.runs.files import read_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -155,21 +155,39 @@ def test_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="must be a checkpoint of the format 'other 2', got 'test 1'"):
         checkpoints.read_state(folder, "other 2")
     (folder / "state.json").unlink()
-    assert checkpoints.read_state(folder, "other 2") == {}
+    with pytest.raises(FileNotFoundError, match=r"no state\.json in .*; there is no older checkpoint: remove .* to begin"):
+        checkpoints.read_state(folder, "other 2")
+    shutil.copytree(folder, tmp_path / "model")
+    assert checkpoints.read_state(tmp_path / "model", "other 2") == {}
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(ValueError, match=r"index\.json is damaged: .*; remove it, and the newest checkpoint"):
         checkpoints.latest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
-def test_a_damaged_file_says_the_way_on(tmp_path, name):
+@pytest.mark.parametrize("content", ["{", "[]", None])
+def test_a_damaged_file_says_the_way_on(tmp_path, name, content):
+    def read():
+        if name == "state.json":
+            return checkpoints.read_state(folder, "test 1")
+        return read_tensors(folder / name)
+
+    for step, way in ((1, "there is no older checkpoint: remove "), (2, "to go on from an older checkpoint, name it in")):
+        write(tmp_path, step, best=None, keep=2)
+        folder = checkpoints.latest(tmp_path)
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            (folder / name).write_text(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name} (is damaged: .*|in .*); {way}"):
+            read()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"x"', '{"latest": 3}', '{"best": "step-00000001"}'])
+def test_an_index_that_names_nothing_is_damaged(tmp_path, content):
     write(tmp_path, 1, best=None)
-    folder = checkpoints.latest(tmp_path)
-    (folder / name).write_text("{")
-    with pytest.raises(
-        ValueError, match=rf"{name} is damaged: .*; to go on from an older checkpoint, name it in .*json"
-    ):
-        read_json(folder / name) if name == "state.json" else read_tensors(folder / name)
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json is damaged: it .*; remove it, and the newest checkpoint"):
+        checkpoints.latest(tmp_path)
 
 
 def test_weights_of_another_model():

@@ -121,7 +121,7 @@ class InceptionExtractor(Extractor):
                     f"extractor_weights: {weights} is not of this InceptionV3 ({reason(error)})"
                 ) from error
             raise FileNotFoundError(
-                f"the InceptionV3 weights cannot be downloaded ({error}): get {URL_INCEPTION_V3} "
+                f"the InceptionV3 weights cannot be downloaded ({reason(error)}): get {URL_INCEPTION_V3} "
                 f"and give the file {URL_INCEPTION_V3.rsplit('/', 1)[1]} as extractor_weights"
             ) from error
         self.network.Mixed_6d.branch1x1.register_forward_hook(_keep_spatial)
@@ -182,7 +182,7 @@ class TimmExtractor(Extractor):
                 self.network.load_state_dict(state)
             except RuntimeError as error:
                 raise ValueError(
-                    f"extractor_weights: {weights} is not of {model} made with {kwargs} ({error})"
+                    f"extractor_weights: {weights} is not of {model} made with {kwargs} ({reason(error)})"
                 ) from error
         self.network.requires_grad_(False).eval()
         self.classes = self.network.num_classes
@@ -208,7 +208,7 @@ class TimmExtractor(Extractor):
             raise
         except Exception as error:  # the Hub's client and its HTTP library raise different exceptions
             raise FileNotFoundError(
-                f"no pretrained weights of {model!r} can be had ({error}): give a file as extractor_weights"
+                f"no pretrained weights of {model!r} can be had ({reason(error)}): give a file as extractor_weights"
             ) from error
 
     def forward(self, images: Tensor) -> Features:

@@ -160,7 +160,7 @@ def _drop_grid(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _refuse_part(attention: Any, prefix: str, _: bool) -> None:
-    """Refuse the state of a part of a UNet, of which a ControlNet is made; that of all of it is what LoRAs look into."""
+    """Refuse the state of a part of a UNet, as a ControlNet is made of; LoRAs look into that of the whole."""
     if prefix != f"{attention.name}.":
         _refuse_state()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn_core.runs.errors import reason
-from gspn_core.runs.files import replacing
+from gspn_core.runs.files import make_folder, replacing
 
 from .checkpoint import load_model
 from .config import ExportConfig
@@ -92,7 +92,6 @@ def export(
 
     Raises:
         ValueError: an argument does not fit, or the model does not take such images.
-        FileNotFoundError: there is no such folder.
         ImportError: packages are missing; the message says which to install.
         ExportMismatchError: the outputs differ.
     """
@@ -108,9 +107,12 @@ def export(
         except (AssertionError, RuntimeError, ValueError) as error:
             size = f"{input_size[1]}x{input_size[2]}"
             raise ValueError(f"the model does not take images of {size}: {reason(error)}") from error
+        make_folder(path.parent)
         with replacing(path, path.suffix) as temporary:
             run = (_onnx if format == "onnx" else _torch)(model, images, temporary, open_axes)
-            difference, largest = _compare(run, model, images, open_axes) if run is not None else (None, None)
+            asked = (images.shape[0], *input_size)
+            sizes = [*_sizes(images, open_axes), *([asked] if format == "onnx" else [])]
+            difference, largest = _compare(run, model, sizes) if run is not None else (None, None)
         count = path.stat().st_size
     return Exported(
         path=path,
@@ -134,8 +136,6 @@ def _check_arguments(path: Path, format: str, input_size: tuple[int, int, int], 
         raise ValueError(f"format must be one of {', '.join(SUFFIXES)}, got {format!r}")
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"the file of the format {format} must end in {SUFFIXES[format]}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {str(path.parent)!r}")
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder")
     if min(input_size) < 1:
@@ -194,14 +194,14 @@ def _sizes(images: Tensor, open_axes: list[int]) -> Iterator[tuple[int, ...]]:
         yield n, c, h + 8, 2 * w - 1
 
 
-def _compare(run: _Run, model: nn.Module, images: Tensor, open_axes: list[int]) -> tuple[float, float]:
-    """Return the largest difference of the outputs for random images, and the largest output.
+def _compare(run: _Run, model: nn.Module, sizes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+    """Return the largest difference of the outputs for random images of some sizes, and the largest output.
 
     Raises:
         ExportMismatchError: they differ by more than rounding.
     """
     difference = largest = 0.0
-    for size in _sizes(images, open_axes):
+    for size in sizes:
         x = _noise(size)
         expected = model(x)
         try:

@@ -164,7 +164,7 @@ class Trainer:
         self.lr = LearningRate(lr, config.min_lr, config.lr_schedule, self.steps, warmup)
         own = sorted({"lr", "weight_decay", "layer_decay"} & config.optimizer_kwargs.keys())
         if own:
-            raise ValueError(f"optimizer_kwargs must not have {own[0]}, which is an option of its own")
+            raise ValueError(f"optimizer_kwargs must not have {own[0]}: give the option {own[0]} instead")
         try:
             self.optimizer = create_optimizer_v2(
                 self.bare_model,

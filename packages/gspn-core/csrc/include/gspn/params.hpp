@@ -36,6 +36,7 @@ struct Params {
   int64_t chunk = 0;     // lines per independent chunk; 0: the whole image
   int64_t interval = 0;  // lines between two checkpoints of the state, and lines per tile
   int threads = 1;
+  int64_t second_level_bytes = 512 * 1024;  // the cache of a core that its tasks may fill; no result depends on it
 
   Field x, weights, lam, u;     // inputs; lam and u may be absent
   Field y;                      // forward: output

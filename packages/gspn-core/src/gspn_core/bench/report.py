@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._command import Parser, UserError, guarded
+from .._command import Parser, UserError, first_line, guarded
 
 Row = dict[str, Any]
 NOTES = """\
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.plot is not None:
                 plot(record, args.plot)
         except (OSError, ImportError, json.JSONDecodeError) as error:
-            raise UserError(f"no report of {args.results}: {error}") from error
+            raise UserError(f"no report of {args.results}: {first_line(error)}") from error
         if args.table is not None:
             args.table.write_text(table(record) + "\n")
         elif args.plot is None:

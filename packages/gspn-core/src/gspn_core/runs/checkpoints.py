@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .errors import NonFiniteLossError, WriteError, reason
-from .files import make_folder, read_json, read_tensors, replacing_folder, store_tensors, write_json
+from .files import damaged, make_folder, missing, read_json, read_tensors, replacing_folder, store_tensors, write_json
 
 INDEX = "index.json"
 STATE = "state.json"
@@ -36,7 +36,12 @@ OPTIMIZER = "optimizer.safetensors"
 def _whole(folder: Path) -> list[Path]:
     """Return the folders of checkpoints, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(path for path in found if _whole_name(path.name))
+
+
+def _whole_name(name: str) -> bool:
+    """Tell whether a name is of a checkpoint that is whole."""
+    return re.fullmatch(r"step-\d{8,}", name) is not None
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -45,8 +50,12 @@ def read_index(folder: Path) -> dict[str, str]:
     Where the index was lost, the newest folder is the latest: each got its name when all of it was on the disk.
     """
     if (folder / INDEX).is_file():
-        index: dict[str, str] = read_json(folder / INDEX)
-        return index
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or not all(isinstance(index.get(key, ""), str) for key in ("latest", "best")):
+            raise damaged(folder / INDEX, "it must hold the names of checkpoints")
+        if index.get("latest"):
+            return index
+        raise damaged(folder / INDEX, "it names no latest checkpoint")
     whole = _whole(folder)
     return {"latest": whole[-1].name} if whole else {}
 
@@ -149,11 +158,15 @@ def read_state(checkpoint: Path, format: str) -> dict[str, Any]:
     """Return a checkpoint's JSON values; empty for the folder of a model that is not a checkpoint.
 
     Raises:
-        ValueError: it is damaged or of another format.
+        FileNotFoundError: a checkpoint has none; ValueError: it is damaged or of another format.
     """
     if not (checkpoint / STATE).is_file():
+        if _whole_name(checkpoint.name):
+            raise missing(checkpoint / STATE)
         return {}
-    state: dict[str, Any] = read_json(checkpoint / STATE)
+    state = read_json(checkpoint / STATE)
+    if not isinstance(state, dict):
+        raise damaged(checkpoint / STATE, f"it must hold values by name, got {type(state).__name__}")
     if state.get("format") != format:
         raise ValueError(f"{checkpoint} must be a checkpoint of the format {format!r}, got {state.get('format')!r}")
     return state

@@ -188,15 +188,26 @@ def store_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     save_file(contiguous, path, {"format": "pt", **(metadata or {})})
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    """Return what to raise of a file that cannot be read, with the way on if it is a run's (see `checkpoints`)."""
-    if re.fullmatch(r"step-\d{8,}", path.parent.name):
-        advice = f"; to go on from an older checkpoint, name it in {path.parent.parent / 'index.json'}"
-    elif path.name == "index.json" and any(path.parent.glob("step-*")):
-        advice = "; remove it, and the newest checkpoint beside it counts"
-    else:
-        advice = ""
-    return ValueError(f"{path} is damaged: {reason(error)}{advice}")
+def _way_on(path: Path) -> str:
+    """Return what to do about a file of a run that is damaged or missing (see `checkpoints`); "" of other files."""
+    folder = path.parent
+    if re.fullmatch(r"step-\d{8,}", folder.name):
+        if any(other.name < folder.name for other in folder.parent.glob("step-*")):
+            return f"; to go on from an older checkpoint, name it in {folder.parent / 'index.json'}"
+        return f"; there is no older checkpoint: remove {folder.parent} to begin again"
+    if path.name == "index.json" and any(folder.glob("step-*")):
+        return "; remove it, and the newest checkpoint beside it counts"
+    return ""
+
+
+def damaged(path: Path, why: str) -> ValueError:
+    """Return what to raise of a file that does not hold what it should; of a run's file with the way on."""
+    return ValueError(f"{path} is damaged: {why}{_way_on(path)}")
+
+
+def missing(path: Path) -> FileNotFoundError:
+    """Return what to raise of a file that is not there; of a run's file with the way on."""
+    return FileNotFoundError(f"no {path.name} in {str(path.parent)!r}{_way_on(path)}")
 
 
 def read_json(path: Path) -> Any:
@@ -208,7 +219,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, reason(error)) from None
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -218,11 +229,11 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         FileNotFoundError: there is none; ValueError: it is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {str(path.parent)!r}")
+        raise missing(path)
     try:
         return load_file(path, device=device)
     except SafetensorError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, reason(error)) from None
 
 
 def check_record(path: Path, settings: Mapping[str, Any], free: Collection[str] = (), option: str = "out") -> None:
