@@ -15,8 +15,9 @@ import pytest
 import yaml
 from dit_cases import tiny_run
 
+from gspn_core.runs import checkpoints
 from gspn_core.runs.options import make, read_config, shipped_names, to_dict
-from gspn_dit import cli
+from gspn_dit import checkpoint, cli
 from gspn_dit.config import CONFIGS, TrainConfig
 
 
@@ -85,7 +86,7 @@ def test_train_sample_and_evaluate(tmp_path, capsys):
         (["train", "--data", "no/folder", "--out", "x"], "no/folder"),
         (["sample", "--checkpoint", "nowhere"], "no checkpoint in 'nowhere'"),
         (["train", "--step", "3"], "unknown option '--step', did you mean '--steps'?"),
-        (["train", "--lr", "-1"], "lr: "),
+        (["train", "--lr", "-1"], "lr must be a number above 0, got -1"),
         (["sample"], "checkpoint"),
     ],
 )
@@ -102,7 +103,7 @@ def test_an_unknown_command(capsys):
 
 
 def test_interrupted(tmp_path):
-    """Ctrl-C reaches the loader processes too; one line says how to go on, and the run does."""
+    """Ctrl-C reaches the loader processes too; the run is saved, and one line says how to go on."""
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny_run(str(tmp_path / "run"), steps=100_000, workers=1, checkpoint_every=1)))
     command = [sys.executable, "-m", "gspn_dit.cli", "train", "--config", str(file)]
@@ -115,7 +116,12 @@ def test_interrupted(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err == "gspn-dit: interrupted; run the same command again to continue\n"
+    state = checkpoints.read_state(checkpoint.locate(tmp_path / "run"), checkpoint.FORMAT)
+    assert err.splitlines() == [
+        "",
+        "ends after this update, which is saved; Ctrl-C again ends at once",
+        f"gspn-dit: interrupted after {state['step']} updates, which are saved; run the same command again to continue",
+    ]
 
 
 def test_installed_script():

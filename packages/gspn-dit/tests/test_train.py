@@ -317,7 +317,7 @@ def test_sigterm_saves_a_checkpoint(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     state = checkpoints.read_state(checkpoint.locate(tmp_path / "run"), checkpoint.FORMAT)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (143, "")
     line = (
         f"gspn-dit: terminated after {state['step']} updates, which are saved; run the same command again to continue\n"
     )

@@ -96,11 +96,12 @@ def test_lists_and_texts_as_words(command, words, name, value):
     assert getattr(parse(getattr(importlib.import_module(module), kind), words.split()), name) == value
 
 
-def test_a_closed_output(tmp_path, monkeypatch):
-    """As with `>&-` in a shell."""
+def test_a_closed_output(tmp_path, monkeypatch, capsys):
+    """As with `>&-` in a shell: refused before any work, since the result would be lost."""
     monkeypatch.setattr(sys, "stdout", None)
-    assert cli.main(["tiny", "--family", "sd15", "--out", str(tmp_path / "pipeline")]) == 0
-    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    assert cli.main(["tiny", "--family", "sd15", "--out", str(tmp_path / "pipeline")]) == 2
+    assert capsys.readouterr().err.startswith("gspn-t2i: error: standard output is closed")
+    assert not (tmp_path / "pipeline").exists()
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_bad_input_is_one_line(run, training_folder, tmp_path, capsys):
         "unknown option 'epoch', did you mean 'epochs'?": ["train", "--config", str(config)],
         "no configuration file 'absent'; shipped are ": ["train", "--config", "absent"],
         "got 'resnet5'; perhaps one of": ["train", "--model", "resnet5", "--out", str(tmp_path / "x")],
-        "lr: ": ["train", "--lr", "fast"],
+        "lr must be a number above 0, got fast": ["train", "--lr", "fast"],
         "auto_augment must be a policy of timm": ["train", "--auto-augment", "foo", "--out", str(tmp_path / "y")],
         "pretrained: timm has no weights of gspn2_nano": ["train", "--pretrained", "--out", str(tmp_path / "y")],
         "model_kwargs must not hold 'pretrained'": [

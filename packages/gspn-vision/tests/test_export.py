@@ -80,7 +80,7 @@ def test_onnx_of_any_size(onnxruntime, tmp_path):
 
 def test_onnx_of_any_size_where_the_last_map_is_a_pixel(onnxruntime, tmp_path, monkeypatch):
     """The exporter treats sizes of 1 as constants; so the model is traced with larger images."""
-    model, path = tiny("gspn2_nano"), tmp_path / "new" / "model.onnx"
+    model, path = timm.create_model("gspn2_nano", num_classes=3).eval(), tmp_path / "new" / "model.onnx"
     export(model, path, input_size=(3, 32, 32), dynamic_size=True)  # makes the folder
     session = onnxruntime.InferenceSession(path)
     for shape in ((2, 3, 32, 32), (1, 3, 48, 48), (2, 3, 64, 96)):
@@ -208,7 +208,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         f"'{tmp_path}/folder.onnx' is a folder": [*nano, "--out", tmp_path / "folder.onnx"],
         "the file of the format torch must end in .pt2, got 'm.onnx'": [*nano, "--format", "torch", "--out", "m.onnx"],
         "image_size: expected a side in pixels or HEIGHTxWIDTH": [*nano, "--image-size", "0x32"],
-        "batch_size: ": [*nano, "--batch-size", "0"],
+        "batch_size must be an integer from 1, got 0": [*nano, "--batch-size", "0"],
         "the model does not take images of 100x100: ": deit,
     }
     for message, arguments in cases.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -66,11 +68,8 @@ class FirstOrder(CpuCase):
         functions: dict[str, Function] = {OURS: lambda: line_scan(x, weights, direction=DOWN)}
         compiled, seconds = _compiled(associative, x, weights)
         functions["torch's associative_scan"] = lambda: compiled(x, weights)
-        try:
-            from accelerated_scan.ref import scan
-        except ImportError:
-            pass
-        else:
+        with contextlib.suppress(ImportError):
+            scan = importlib.import_module("accelerated_scan.ref").scan
             gates, tokens = (t.mT.flatten(1, 2).contiguous() for t in (weights[:, :, 1], x))  # (N, C W, H)
             functions["accelerated-scan's reference"] = lambda: scan(gates, tokens)
         expected = reference.line_scan(x, weights, direction=DOWN)
