@@ -1,4 +1,5 @@
-"""Image backbones with GSPN, a command each: train, validate, predict, visualize, profile, benchmark, export.
+"""Image backbones with GSPN, a command each: train, validate, predict, visualize, profile, benchmark, export,
+convert.
 
 Options come from the command line and from YAML files (`--config`). Under `torchrun` or `accelerate launch` train and
 validate run in several processes.
@@ -40,6 +41,12 @@ COMMANDS = {
     "profile": _command("profile", "count parameters and multiply-adds, beside the published ones"),
     "benchmark": _command("benchmark", "measure images per second, beside other timm models"),
     "export": _command("export", "write a model as ONNX or for torch.export, and check the file"),
+    "convert": Command(
+        "gspn_vision.config:ConvertConfig",
+        "gspn_vision.foundation.command:run",
+        "replace the attention of a vision transformer",
+        text="gspn_vision.foundation.command:as_text",
+    ),
 }
 
 

@@ -303,3 +303,30 @@ class ExportConfig:
     image_size: ImageSize | None = None
     batch_size: PositiveInt | None = None
     dynamic_size: bool = False
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ConvertConfig:
+    """Every option of `gspn-vision convert`.
+
+    Args:
+        model: timm model whose blocks have attention; or give a checkpoint
+        model_kwargs: constructor arguments that differ from the model's, such as {dynamic_img_size: true}
+        pretrained: begin with the pretrained weights of a timm model
+        checkpoint: a run, a checkpoint, a timm folder, or a file of weights beside its config.json
+        which: checkpoint of a run
+        weights: averaged weights or plain ones; auto takes the averaged if there are any
+        keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
+        mixer_kwargs: of the mixers, latent, weight_groups, chunk_size and prefix, such as {latent: 64}
+        out: folder for the converted model
+    """
+
+    model: str | None = None
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = None
+    which: Literal["best", "latest"] = "best"
+    weights: Literal["auto", "ema", "model"] = "auto"
+    keep: list[int] | float | str = dataclasses.field(default_factory=list)
+    mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    out: str = "converted"

@@ -1,0 +1,148 @@
+"""Replaces the attention of a timm model by propagation, in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .grid import GridBlock, GridModel, grid_class, note_grid
+from .mixer import SHARE, CompressedPropagation
+
+Keep = Sequence[int] | float | str
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a timm model's transformer blocks by name, in order: each has its attention, or mixer, as `attn`."""
+    found = getattr(model, "blocks", None)
+    if not isinstance(found, (nn.Sequential, nn.ModuleList)):
+        return {}
+    return {
+        f"blocks.{i}": block for i, block in enumerate(found) if isinstance(getattr(block, "attn", None), nn.Module)
+    }
+
+
+def mixers(model: nn.Module) -> dict[str, CompressedPropagation]:
+    """Return the mixers of a converted model by name, in order; in the original these names are its attentions."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, CompressedPropagation)}
+
+
+def kept_blocks(keep: Keep, depth: int) -> set[int]:
+    """Return the indices, from 0, of the blocks that keep their attention.
+
+    Args:
+        keep: indices, negative ones count from the end; "every n", blocks n, 2n, ... counted from 1; or a share of the
+            blocks, spread evenly and ending with the last, such as 1/6 for 6, 12, 18 and 24 of 24, counted from 1.
+        depth: number of blocks.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    wrong = f"keep must be indices of {depth} blocks, 'every n' or a share from 0 to 1, got {keep!r}"
+    if isinstance(keep, str):
+        word, _, step = keep.partition(" ")
+        if word != "every" or not step.isdecimal() or int(step) < 1:
+            raise ValueError(wrong)
+        return set(range(int(step) - 1, depth, int(step)))
+    if isinstance(keep, (int, float)):
+        if isinstance(keep, bool) or not 0 <= keep <= 1:
+            raise ValueError(wrong)
+        count = round(keep * depth)
+        return {round(i * depth / count) - 1 for i in range(1, count + 1)}
+    if not all(isinstance(i, int) and not isinstance(i, bool) and -depth <= i < depth for i in keep):
+        raise ValueError(wrong)
+    return {i % depth for i in keep}
+
+
+def convert(
+    model: nn.Module,
+    *,
+    keep: Keep = (),
+    latent: float = SHARE,
+    weight_groups: int | Literal["channels"] = 1,
+    chunk_size: int | None = None,
+    prefix: Literal["attend", "drop"] = "attend",
+) -> nn.Module:
+    """Replace the attention of a timm model's blocks by `CompressedPropagation`, in place; return the model.
+
+    Any model of one sequence of blocks with attention: ViT, DeiT, DINOv2 and v3, EVA-02, SigLIP and the like. Weights
+    stay what they are but the mixers', which are random, and need distillation. Attention that pools stays.
+
+    Args:
+        model: any such timm model, on any device, in any dtype.
+        keep: blocks that keep their attention: indices such as [5, 11] or [-1], "every 6", or a share such as 1/9 (see
+            `kept_blocks`).
+        latent, weight_groups, chunk_size, prefix: see `CompressedPropagation`.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: there is nothing to replace, the model was converted before, its tokens are no grid (NaFlex, dropped
+            patches), or an argument does not fit.
+
+    Sources: C-GSPN, CVPR 2026, arXiv 2606.00746; GSPN-2, arXiv 2512.07884, appendices E and F.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a timm model, got a {type(model).__name__}")
+    found = blocks(model)
+    _check(model, found)
+    kept = kept_blocks(keep, len(found))
+    options: dict[str, Any] = {
+        "latent": latent,
+        "weight_groups": weight_groups,
+        "chunk_size": chunk_size,
+        "prefix": prefix,
+        "prefix_tokens": getattr(model, "num_prefix_tokens", 0),
+    }
+    made = {name: _mixer(block, options) for i, (name, block) in enumerate(found.items()) if i not in kept}
+    if not made:
+        return model
+    changed: Any = model
+    recompute = bool(getattr(model, "grad_checkpointing", False))
+    block: Any
+    for name, block in found.items():
+        if name in made:
+            block.attn = made[name]
+        block.__class__ = _with(GridBlock, block)
+    changed.__class__ = _with(GridModel, model)
+    changed.patch_embed.register_forward_hook(note_grid)
+    if recompute:
+        changed.set_grad_checkpointing()
+    return model
+
+
+def _with(mixin: Any, module: Any) -> Any:
+    base: Any = type(module)
+    return grid_class(mixin, base)
+
+
+def _mixer(block: Any, options: dict[str, Any]) -> CompressedPropagation:
+    """Return a mixer for a block's attention, where its weights are."""
+    weight = next(m for m in block.attn.modules() if isinstance(m, nn.Linear)).weight
+    mixer = CompressedPropagation(
+        weight.shape[1],
+        num_heads=math.gcd(getattr(block.attn, "num_heads", 1), weight.shape[1]),
+        device=weight.device,
+        dtype=weight.dtype,
+        **options,
+    )
+    return mixer.train(block.attn.training)
+
+
+def _check(model: Any, found: dict[str, nn.Module]) -> None:
+    """Refuse a model that cannot be converted."""
+    name = type(model).__name__
+    if isinstance(model, GridModel) or mixers(model):
+        raise ValueError(f"model must have attention in its blocks, this {name} was converted before")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("model must be converted before it is compiled, got one of torch.compile")
+    if type(model).__name__ == "NaFlexVit":
+        raise ValueError("model must have one grid of patches per batch, got a NaFlexVit, which packs images of any")
+    if not found or len(found) != len(model.blocks):
+        raise ValueError(f"model must be a timm model whose blocks have attention, a {name} has nothing to replace")
+    if not callable(getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)):
+        raise ValueError(f"model must have a patch embedding that tells its grid, a {name} has none")
+    if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
+        raise ValueError("model must keep all patches, since fewer are no grid; set patch_drop_rate=0")
