@@ -69,7 +69,8 @@ def convert(
     """Replace the attention of a timm model's blocks by `CompressedPropagation`, in place; return the model.
 
     Any model of one sequence of blocks with attention: ViT, DeiT, DINOv2 and v3, EVA-02, SigLIP and the like. Weights
-    stay what they are but the mixers', which are random, and need distillation. Attention that pools stays.
+    stay what they are but the mixers', which are random, and need distillation. Attention that pools stays. The model
+    compiles, exports, and goes through torch.fx; TorchScript takes its graph of torch.fx, but not the model itself.
 
     Args:
         model: any such timm model, on any device, in any dtype.

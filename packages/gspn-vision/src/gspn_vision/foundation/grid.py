@@ -49,7 +49,9 @@ def _within(grid: Grid | None) -> Iterator[None]:
 
 def note_grid(patch_embed: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """Note the grid of a patch embedding's output, (N, H, W, C) or (N, H W, C); a forward hook."""
-    if output.ndim == 4:
+    if getattr(patch_embed, "strict_img_size", False) and patch_embed.grid_size is not None:
+        _call.grid = tuple(patch_embed.grid_size)  # numbers, where torch.fx has no shapes
+    elif output.ndim == 4:
         _call.grid = (output.shape[1], output.shape[2])
     else:
         height, width = patch_embed.dynamic_feat_size(inputs[0].shape[-2:])

@@ -28,6 +28,18 @@ def latent_channels(dim: int, latent: float) -> int:
     return latent
 
 
+@torch.fx.wrap
+def _check_call(
+    x: Tensor, prefix_tokens: int, height: int, width: int, attn_mask: Tensor | None, is_causal: bool
+) -> None:
+    """Refuse a mask, and tokens that do not fill the grid; torch.fx calls it when the graph runs."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("a converted block mixes whole images, got attn_mask or is_causal")
+    if x.shape[1] != prefix_tokens + height * width:
+        wanted = f"{prefix_tokens} prefix tokens and those of a grid of {height}x{width}"
+        raise ValueError(f"x must have {wanted}, got {x.shape[1]} tokens")
+
+
 class CompressedPropagation(nn.Module):
     r"""Mix an image's tokens by line scans of a latent, and prefix tokens by an attention of T queries.
 
@@ -123,14 +135,8 @@ class CompressedPropagation(nn.Module):
 
         The scans know where a token is: rotary embeddings and relative position biases are not used.
         """
-        if attn_mask is not None or is_causal:
-            raise ValueError("a converted block mixes whole images, got attn_mask or is_causal")
         height, width = grid or current_grid()
-        if x.shape[1] != self.prefix_tokens + height * width:
-            raise ValueError(
-                f"x must have {self.prefix_tokens} prefix tokens and those of a grid of {height}x{width}, "
-                f"got {x.shape[1]} tokens"
-            )
+        _check_call(x, self.prefix_tokens, height, width, attn_mask, is_causal)
         prefix = x[:, : self.prefix_tokens]
         z = self.down(x)[:, self.prefix_tokens :]
         y = self.propagation(z.transpose(1, 2).unflatten(2, (height, width)))
