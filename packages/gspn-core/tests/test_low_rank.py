@@ -270,6 +270,16 @@ def test_the_module_computes_what_its_planes_give(options):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_gates_with_a_hook_are_called():
+    """As accelerate offloads them, say: their weights are elsewhere until then."""
+    module = SpatialPropagation(5, gate_rank=2, weight_groups=5)
+    x, called = randn(1, 5, 4, 4), []
+    expected = module(x)
+    module.gates.register_forward_pre_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(module(x), expected)
+    assert called
+
+
 def test_kept_for_the_backward_pass():
     """The inputs, and of each direction's states every 16th line: not the 20 planes of a channel."""
     inputs = [t.requires_grad_() for t in low_rank_inputs(2, 24, 3, 40, 48)]

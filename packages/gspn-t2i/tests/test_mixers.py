@@ -102,3 +102,12 @@ def test_wrong_calls():
             made(tokens(2, 24), grid)
     with pytest.raises(ValueError, match="mixer must be one of gspn, gspn2, got 'mamba'"):
         mixer("mamba")
+
+
+def test_gates_of_low_rank_are_those_of_the_planes():
+    """What a layer with a hook, as of offloading, computes in two steps."""
+    made = mixer("gspn")
+    x = tokens(2, 30)
+    ours = made(x, (5, 6))
+    made.gates.register_forward_pre_hook(lambda *_: None)
+    torch.testing.assert_close(ours, made(x, (5, 6)))

@@ -15,6 +15,16 @@ from ._directions import DIRECTIONS
 _INITIAL_LAM = 1 / 128
 
 
+def holds_its_weights(layer: nn.Module) -> bool:
+    """Tell whether a convolution or linear layer is its weight and bias, and calling it does nothing else.
+
+    Not so with hooks, as of accelerate's and diffusers' offloading and layerwise casting, whose weights are elsewhere
+    until the layer is called, or with a layer around it, as of a LoRA.
+    """
+    plain = type(layer) in (nn.Conv2d, nn.Linear) and "forward" not in layer.__dict__
+    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class SpatialPropagation(nn.Module):
     r"""Mix an image's pixels by line scans whose weights and gates are computed from the image.
 
@@ -149,10 +159,14 @@ class SpatialPropagation(nn.Module):
         rows = torch.cat([logits, lam, u], dim=1)  # (D, 5, P, 1 + R)
         return rows[..., 1:], rows[..., 0]
 
+    @torch.jit.unused
+    def _gates_are_plain(self) -> bool:
+        return holds_its_weights(self.gates)
+
     def forward(self, x: Tensor) -> Tensor:
         """Mix the pixels of x, (N, C, H, W), into a tensor of the same shape."""
         _check.check_module_input(x, self.channels)
-        if self._is_low_rank:
+        if self._is_low_rank and (torch.jit.is_scripting() or self._gates_are_plain()):
             r, v = self.bottleneck(x), self.value(x)
             weight, bias = self.projection()
             y = torch.ops.gspn.propagate_low_rank(v, r, weight, bias, self.directions, self.chunk_size)[0]

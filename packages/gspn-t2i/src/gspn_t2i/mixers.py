@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from accelerate.utils.modeling import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gspn_core import DIRECTIONS, propagate
+from gspn_core import DIRECTIONS, propagate, propagate_low_rank
+from gspn_core.module import holds_its_weights
 
 KINDS = ("gspn", "gspn2")
 
@@ -121,6 +123,14 @@ class SelfAttentionMixer(nn.Module):
                 elif ours.bias is not None:
                     nn.init.zeros_(ours.bias)
 
+    def _projection(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the logits and gates, as `propagate_low_rank` takes them: lam is 1, u is merge."""
+        rows = torch.cat([self.gates.bias[:, None], self.gates.weight], dim=1)  # (3 D I, 1 + R)
+        rows = rows.unflatten(0, (len(DIRECTIONS), self.groups, 3)).transpose(1, 2)  # (D, 3, I, 1 + R)
+        lam, u = F.pad(torch.ones_like(rows[:, :2, :, :1]), (0, rows.shape[-1] - 1)).split(1, dim=1)
+        rows = torch.cat([rows, lam, u * self.merge.to(u.dtype)[:, None, :, None]], dim=1)
+        return rows[..., 1:], rows[..., 0]
+
     def forward(self, hidden_states: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """Mix tokens (N, L, C) of a grid of height and width, row by row, into tokens of the same shape.
 
@@ -136,11 +146,15 @@ class SelfAttentionMixer(nn.Module):
             return tokens.transpose(1, 2).unflatten(2, (height, width))
 
         q, k, v = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)  # (N, L, I)
-        logits = as_map(self.gates(self.bottleneck(hidden_states)))
-        logits = logits.unflatten(1, (len(DIRECTIONS), self.groups, 3))  # (N, D, G, 3, H, W)
+        r = self.bottleneck(hidden_states)  # (N, L, R)
         x = as_map(self.down(k * v))  # (N, S, H, W)
-        u = self.merge.to(x.dtype)[None, :, :, None, None].expand(n, -1, -1, height, width)
-        h = propagate(x, logits, None, u, chunk_size=self.chunk_size)  # (N, S, H, W)
+        if self.kind == "gspn" and holds_its_weights(self.gates):
+            weight, bias = self._projection()
+            h = propagate_low_rank(x, as_map(r), weight.to(x.dtype), bias.to(x.dtype), chunk_size=self.chunk_size)
+        else:
+            logits = as_map(self.gates(r)).unflatten(1, (len(DIRECTIONS), self.groups, 3))  # (N, D, G, 3, H, W)
+            u = self.merge.to(x.dtype)[None, :, :, None, None].expand(n, -1, -1, height, width)
+            h = propagate(x, logits, None, u, chunk_size=self.chunk_size)  # (N, S, H, W)
         y = self.lift(h.flatten(2).transpose(1, 2))  # (N, L, I)
         out: Tensor = self.to_out[1](self.to_out[0](q * y))
         return out
