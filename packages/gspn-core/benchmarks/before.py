@@ -9,7 +9,7 @@ operators of another namespace, so that both are at hand; a model of before is t
 gspn-dit.
 
 Memory is the peak of the resident set of a process of its own, over what it was before the first training step, with
-MALLOC_MMAP_THRESHOLD_=65536, so that what is freed is given back and not counted.
+glibc set to give back what is freed, which is not counted then.
 """
 
 from __future__ import annotations
@@ -175,6 +175,8 @@ def models(before: Any, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+# glibc gives back what is freed, so that the peak is of what is in use.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 MEMORY = {"gspn_tiny": (8, tiny), "GSPN-B/2": (4, base)}
 
 
@@ -202,7 +204,7 @@ def memory(package: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"case": "peak memory of a training step", "model": name, "batch": MEMORY[name][0]}
         for which in ("before", "now"):
             command = [sys.executable, __file__, "--before", str(package), "--memory", name, which]
-            env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+            env = os.environ | MALLOC
             row[which] = int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
         rows.append(row)
         print(row, file=sys.stderr)
