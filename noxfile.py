@@ -274,9 +274,7 @@ def sanitize(session: nox.Session) -> None:
     tests = [str(folder / "test_kernels.py"), *(f"{folder / 'test_low_rank.py'}::test_{name}" for name in values)]
     with session.chdir("packages/gspn-core"):
         # Without capture of the file descriptors, where the sanitizers write just before they end the process.
-        session.run(
-            *(python, "-S", "-m", "pytest", "--capture=sys", *tests, *session.posargs), env=env, external=True
-        )
+        session.run(*(python, "-S", "-m", "pytest", "--capture=sys", *tests, *session.posargs), env=env, external=True)
 
 
 @nox.session(reuse_venv=True)

@@ -42,7 +42,7 @@ namespace gspn::cpu {
 bool GSPN_NAME(supported_, GSPN_ISA)();
 
 extern const Kernels GSPN_NAME(kernels_, GSPN_ISA);
-const Kernels GSPN_NAME(kernels_, GSPN_ISA) = {GSPN_STRING(GSPN_ISA), GSPN_NAME(supported_, GSPN_ISA),
-                                               forward, backward, low_rank_forward, low_rank_backward};
+const Kernels GSPN_NAME(kernels_, GSPN_ISA) = {
+    GSPN_STRING(GSPN_ISA), GSPN_NAME(supported_, GSPN_ISA), forward, backward, low_rank_forward, low_rank_backward};
 
 }  // namespace gspn::cpu
