@@ -1,7 +1,10 @@
 """Learning rates, averages, and what updates report, against plain formulas."""
 
 import math
+import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -154,6 +157,29 @@ def test_termination_is_noted_once_and_undone(number, message, status):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert before == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+
+LOADING = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from gspn_core.runs.training import leave_signals
+
+loader = iter(DataLoader(range(100), num_workers=1, worker_init_fn=leave_signals))
+next(loader)
+pid = loader._workers[0].pid
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(pid, number)
+    time.sleep(0.5)
+    next(loader)
+print(pid)
+"""
+
+
+def test_a_loaders_process_outlives_a_signal_and_not_the_run():
+    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
 
 
 def test_termination_outside_the_main_thread_is_left_alone():

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import math
@@ -113,6 +114,9 @@ def _run(
 def _status(error: BaseException, program: str, resumable: bool) -> int:
     """Say on one line what went wrong, and return the exit status."""
     if isinstance(error, KeyboardInterrupt):
+        # What the run held goes now, its loaders' processes too: at exit torch would wait five seconds for each.
+        error.__traceback__ = None
+        gc.collect()
         advice = "; run the same command again to continue" if resumable else ""
         line, status = f"{str(error) or 'interrupted'}{advice}", getattr(error, "status", 130)
     else:

@@ -50,13 +50,14 @@ def loader_workers(workers: int) -> int:
 
 
 def leave_signals(_: int) -> None:
-    """Let a process that loads data ignore Ctrl-C and SIGTERM, which often go to all processes of a job.
+    """Let a process that loads data ignore Ctrl-C and a first SIGTERM, which often go to all processes of a job.
 
-    The main one ends it. Otherwise each would print a traceback, and a loader that finds its process killed raises an
-    error in the midst of an update, before the run could save.
+    The main one ends it, by another SIGTERM if need be, or at its exit it would wait for ever. Otherwise each would
+    print a traceback, and a loader that finds its process killed raises an error in the midst of an update, before the
+    run could save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def make_accelerator(device: str, precision: str = "fp32", accumulate: int = 1, *, tf32: bool = False) -> Accelerator:
