@@ -142,6 +142,7 @@ def test_empty(shape, way):
     if shape == (2, 3, 0, 4, 4):  # gates that are constants
         expected = value_and_gradients(reference.propagate_low_rank, inputs)
     else:
+        assert reference.propagate_low_rank(*inputs).shape == inputs[0].shape
         expected = [torch.zeros_like(t) for t in (inputs[0], *inputs)]
     for ours, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, wanted)

@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
         known = [option for parser in self._used(namespace) for option in parser._option_string_actions]
         message = f"unrecognized arguments: {' '.join(unknown)}"
         for option in unknown:
-            close = difflib.get_close_matches(option.partition("=")[0], known, n=1) if option[:1] == "-" else []
+            close = (
+                difflib.get_close_matches(option.partition("=")[0], known, n=1, cutoff=0.7) if option[:1] == "-" else []
+            )
             message += f"; did you mean {close[0]}?" if close else ""
         self.error(message)
 

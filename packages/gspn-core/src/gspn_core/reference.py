@@ -123,4 +123,4 @@ def propagate_low_rank(
 
 def spread(t: Tensor, channels: int, dim: int) -> Tensor:
     """Repeat each of the groups along `dim` for the consecutive channels that share it."""
-    return t.repeat_interleave(channels // t.shape[dim], dim=dim)
+    return t.repeat_interleave(channels // max(t.shape[dim], 1), dim=dim)

@@ -156,6 +156,7 @@ def test_round_trips():
         ({"json": True}, "unknown option 'json'"),
         ({"image_siz": 1}, "unknown option 'image_siz', did you mean 'image_size'?"),
         ({"lr": 0}, "lr must be a number above 0, got 0"),
+        ({"lr": float("inf")}, "lr must be a finite number, got inf"),
         ({"scale": [1]}, "scale must be 2 values, got \\[1.0\\]"),
         ({"image_size": True}, "image_size: "),
         ({"image_size": [0, 3]}, "image_size: "),
@@ -168,8 +169,13 @@ def test_wrong_values(values, message):
 
 def test_damaged_files(tmp_path):
     file = tmp_path / "bad.yaml"
-    for text, message in (("- 1\n", "must be a mapping of options, got list"), ("a: [1\n", "is not valid YAML")):
-        file.write_text(text)
+    for text, message in (
+        (b"- 1\n", "must be a mapping of options, got list"),
+        (b"a: [1\n", "is not valid YAML"),
+        (b"a: \xff", "bad.yaml is not valid YAML: it must be text in UTF-8"),
+        (b"", "bad.yaml must be a mapping of options, it is empty"),
+    ):
+        file.write_bytes(text)
         with pytest.raises(ValueError, match=message):
             read_config(str(file), None)
 

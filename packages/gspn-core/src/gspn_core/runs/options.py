@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -175,7 +176,9 @@ def _mended(message: str, names: Sequence[str]) -> str:
     words = re.sub(r" - Expected a <class 'NoneType'>| Given value type: .*", "", words)
     words = re.sub(r"Not of type \w+: (?=expected)|typing\.", "", words)
     words = re.sub(r'Parser key "(\w+)"( element \d+)?: ', r"\1\2: ", words)
-    number = re.fullmatch(r"(\w+(?: element \d+)?): Not of type (\w+): (?:(.*?) ?does not conform .*|.*: (.*))", words)
+    number = re.fullmatch(
+        r"(\w+(?: element \d+)?): Not of type (\w+): (?:(.*?) ?(?:does not conform .*|not an integer)|.*: (.*))", words
+    )
     if number and number[2] in _KINDS:
         value = given[1] if given else (number[3] or number[4] or "").strip("'")
         return f"{number[1]} must be {_KINDS[number[2]]}, got {value}"
@@ -249,6 +252,8 @@ def _build(kind: type[Config], values: Namespace) -> Config:
         value, (_, count) = values[field.name], _words_of(hints[field.name])
         if isinstance(count, int) and value is not None and len(value) != count:
             raise ValueError(f"{field.name} must be {count} values, got {value}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be a finite number, got {value}")
         is_tuple = "tuple[" in str(hints[field.name]) and isinstance(value, list)
         fields[field.name] = tuple(value) if is_tuple else value
     return kind(**fields)
@@ -423,6 +428,10 @@ def read_config(name: str, shipped: Path | None) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not valid YAML: it must be text in UTF-8") from None
+    if values is None:
+        raise ValueError(f"{path} must be a mapping of options, it is empty")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a mapping of options, got {type(values).__name__}")
     return values

@@ -145,7 +145,12 @@ class Termination:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGINT and self.accelerator.is_main_process:
             # Not by print: the signal may have come while it was printing.
-            os.write(2, b"\nends after this update, which is saved; Ctrl-C again ends at once\n")
+            when = (
+                "after this update, which is"
+                if self.accelerator.num_processes == 1
+                else "within ten updates, which are"
+            )
+            os.write(2, f"\nends {when} saved; Ctrl-C again ends at once\n".encode())
 
     def asked(self, step: int) -> bool:
         """Tell, after `step` updates, whether to save and end; every process calls it."""
