@@ -241,7 +241,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"input   images ({', '.join(map(str, result['images']))}) float32",
         f"output  logits ({', '.join(map(str, result['logits']))}) float32",
     ]
-    if result["path"].endswith(SUFFIXES["torch"]) and "height" in result["images"]:
+    if str(result["path"]).endswith(SUFFIXES["torch"]) and "height" in result["images"]:
         lines.append("sizes   larger than the model's stride; ONNX takes smaller ones, too")
     if result["difference"] is None:
         lines.append("not checked: pip install onnxruntime to compare its outputs with the model's")
