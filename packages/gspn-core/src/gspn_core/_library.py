@@ -303,7 +303,13 @@ register_implementation(
         run, False, dh, (x, w, lam, None), saved, [direction], *rest
     ),
 )
-register_autograd(propagate, propagate_backward, 4, partial(_forward_mode.tangent, line_scan), (1, 3))
+register_autograd(
+    propagate,
+    propagate_backward,
+    4,
+    lambda *arguments: _forward_mode.tangent(line_scan, *arguments),  # which may not be there yet
+    (1, 3),
+)
 register_autograd(
     line_scan,
     line_scan_backward,
@@ -320,4 +326,4 @@ for _op in (propagate, propagate_backward, line_scan, line_scan_backward):
 for _op in (propagate, line_scan):
     register_autocast(_op)
 
-from . import _flops, _low_rank  # noqa: E402, F401  (of the operators, which exist now)
+from . import _low_rank  # noqa: E402, F401  (further operators)

@@ -220,3 +220,5 @@ _library.register_once_differentiable(propagate_low_rank_backward)
 _library.register_autocast(propagate_low_rank)
 _register_vmap(propagate_low_rank, 2)
 _register_vmap(propagate_low_rank_backward, 3)
+
+from . import _flops  # noqa: E402, F401  (torch counts the operators, all of which exist now)
