@@ -330,3 +330,73 @@ class ConvertConfig:
     keep: list[int] | float | str = dataclasses.field(default_factory=list)
     mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     out: str = "converted"
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class DistillConfig(TrainingOptions):
+    """Every option of `gspn-vision distill`.
+
+    Args:
+        teacher: vision transformer to learn from, a timm model's name, a run, a checkpoint or a timm folder
+        model_kwargs: constructor arguments of a teacher by name that differ from the model's
+        pretrained: begin with the pretrained weights of a timm model, the teacher
+        start_from: converted model to begin with, a run, a checkpoint or a timm folder; null converts the teacher
+        keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
+        mixer_kwargs: of the mixers, latent, weight_groups, chunk_size and prefix, such as {latent: 64}
+        data: images, whose labels are not used: a folder of images, or as of train
+        data_root: folder that a timm data set is stored in
+        split: of the data; null is train, or all images of a folder without splits
+        image_size: height and width of the student's input; null is the teacher's
+        teacher_image_size: height and width of the teacher's input, whose features are enlarged to the student's grid;
+            null is image_size
+        augment: random crops and mirror images
+        crop_scale: least and largest area of the random crop
+        hflip: probability of mirroring a training image
+        steps: updates of the weights, in both stages together
+        align_steps: updates of stage 1, in which each mixer learns for itself from the teacher's input of its block
+        lr: peak learning rate of stage 2
+        align_lr: peak learning rate of stage 1
+        warmup_steps: updates of linear warm-up in each stage; a tenth of them where these are not more
+        loss: of stage 2, taps compares features after every mixer and block, last those after the last block alone
+        adapters: compare taps through small MLPs, which are thrown away afterwards
+        mixer_weight: weight of the features after mixers
+        block_weight: weight of the features after blocks
+        kl_weight: weight of the divergence of their softmaxes, beside the mean squared difference
+        out: folder of the run
+    """
+
+    teacher: str
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: bool = False
+    keep: list[int] | float | str = dataclasses.field(default_factory=list)
+    mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: str
+    data_root: str | None = None
+    split: str | None = None
+    image_size: ImageSize | None = None
+    teacher_image_size: ImageSize | None = None
+    augment: bool = True
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.25, 1.0)
+    hflip: ClosedUnitInterval = 0.5
+    steps: PositiveInt = 10_000
+    align_steps: NonNegativeInt = 2_000
+    lr: PositiveFloat = 5e-4
+    align_lr: PositiveFloat = 2e-3
+    warmup_steps: NonNegativeInt = 500
+    weight_decay: NonNegativeFloat = 0.01
+    loss: Literal["taps", "last"] = "taps"
+    adapters: bool = False
+    mixer_weight: NonNegativeFloat = 1.0
+    block_weight: NonNegativeFloat = 1.0
+    kl_weight: NonNegativeFloat = 0.0
+    out: str = "distilled"
+
+    def __post_init__(self) -> None:
+        if self.align_steps > self.steps:
+            raise ValueError(f"align_steps must be at most steps ({self.steps}), got {self.align_steps}")
+        if self.loss == "taps" and self.mixer_weight == self.block_weight == 0:
+            raise ValueError("mixer_weight or block_weight must be above 0, got 0 and 0")
+        low, high = self.crop_scale
+        if low > high:
+            raise ValueError(f"crop_scale must be two rising numbers, got {[low, high]}")
+        super().__post_init__()
