@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -97,28 +97,28 @@ def accuracy(model: str, data: str) -> float:
     return validate(ValidateConfig(checkpoint=model, data=data, workers=0, progress=False))[0].top1
 
 
-def once(folder: Path, work: Any) -> dict[str, Any]:
-    """Do work that ends with a result, or read what it was."""
+def once(work: Callable[..., dict[str, Any]], folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Do work that ends with a result, or read what it was with these options."""
     record = folder / "result.json"
-    if not record.exists():
-        write_json(record, work())
-    result: dict[str, Any] = read_json(record)
+    found = read_json(record) if record.exists() else {}
+    if found.get("options") != options:
+        found = {"options": options, "result": work({**options, "out": str(folder)})}
+        write_json(record, found)
+    result: dict[str, Any] = found["result"]
     return result
 
 
-def teach(folder: Path, data: str, seed: int, **changed: Any) -> dict[str, Any]:
+def teach(options: dict[str, Any]) -> dict[str, Any]:
     """Train a teacher and measure it, the weights of the last epoch."""
-    shared = {"data": data, "seed": seed, "out": str(folder), "workers": 1, "tensorboard": False}
-    found = train(make(TrainConfig, {**TEACHER, **shared, **changed}))
-    return {"model": found["model"], "seconds": found["seconds"], "top1": accuracy(found["model"], data)}
+    found = train(make(TrainConfig, options))
+    return {"model": found["model"], "seconds": found["seconds"], "top1": accuracy(found["model"], options["data"])}
 
 
-def learn(folder: Path, data: str, teacher: str, seed: int, **changed: Any) -> dict[str, Any]:
+def learn(options: dict[str, Any]) -> dict[str, Any]:
     """Distil a student and measure it."""
-    shared = {"teacher": teacher, "data": data, "seed": seed, "out": str(folder), "workers": 1, "tensorboard": False}
-    found = distill(make(DistillConfig, {**STUDENT, **shared, **changed}))
+    found = distill(make(DistillConfig, options))
     about = {key: found[key] for key in ("parameters", "seconds")}
-    return {**about, "top1": accuracy(found["model"], data)}
+    return {**about, "top1": accuracy(found["model"], options["data"])}
 
 
 def run(
@@ -147,15 +147,15 @@ def run(
     rows = MAIN | (ABLATIONS if table else {})
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ("teacher", *rows)}
     for seed in seeds:
-        folder = out / f"seed-{seed}"
-        taught = once(folder / "teacher", lambda: teach(folder / "teacher", data, seed, **(teacher or {})))
+        folder, shared = out / f"seed-{seed}", {"data": data, "seed": seed, "workers": 1, "tensorboard": False}
+        taught = once(teach, folder / "teacher", {**TEACHER, **(teacher or {}), **shared})
         results["teacher"].append({"seed": seed, **taught})
         for name, options in rows.items():
             place = folder / name.replace(" ", "-").replace(",", "")
-            own = {**(student or {}), **options}
-            found = once(place, lambda: learn(place, data, taught["model"], seed, **own))
+            own = {**STUDENT, **(student or {}), **options, **shared, "teacher": taught["model"]}
+            found = once(learn, place, own)
             results[name].append({"seed": seed, **found, "difference": found["top1"] - taught["top1"]})
-    about = {"torch": torch.__version__, "timm": timm.__version__, "gspn_vision": __version__}
+    about: dict[str, Any] = {"torch": torch.__version__, "timm": timm.__version__, "gspn_vision": __version__}
     about |= {"threads": torch.get_num_threads(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     options = {"teacher": {**TEACHER, **(teacher or {})}, "student": {**STUDENT, **(student or {})}, "rows": rows}
     record = {**about, "options": options, "results": results}

@@ -40,7 +40,7 @@ def test_augmentation_depends_on_epoch_and_image_alone(workers):
     samples = Samples(open_source("digits", "train"), GREY.training_transform(options), "L", seed=5)
     order = Order(len(samples), 16, 1, 275, seed=5, with_epoch=True)
     order.start = 270  # after three epochs of 1437 / 16 updates
-    loader = data.training_loader(samples, order, workers, False)
+    loader = data.batch_loader(samples, order, workers, False)
     torch.manual_seed(workers)
     for batch, keys in zip(loader, order, strict=True):
         for image, key in zip(batch.images, keys, strict=True):

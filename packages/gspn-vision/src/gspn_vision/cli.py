@@ -1,8 +1,8 @@
 """Image backbones with GSPN, a command each: train, validate, predict, visualize, profile, benchmark, export,
-convert, distill.
+convert, distill, features, probe.
 
 Options come from the command line and from YAML files (`--config`). Under `torchrun` or `accelerate launch` train,
-validate and distill run in several processes.
+validate, distill and features run in several processes.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ COMMANDS = {
         "teach a converted vision transformer by the one with attention",
         resumable=True,
     ),
+    "features": Command(
+        "gspn_vision.config:FeaturesConfig",
+        "gspn_vision.features:run",
+        "store what a model makes of images",
+        resumable=True,
+    ),
+    "probe": _command("probe", "measure stored features by nearest neighbours and a linear classifier"),
 }
 
 

@@ -16,12 +16,10 @@ from tqdm import tqdm
 
 from gspn_core.runs.errors import reason
 from gspn_core.runs.images import UnreadableImageError
-from gspn_core.runs.options import ImageSize
 from gspn_core.runs.order import AUGMENT, Order, seed_all
 from gspn_core.runs.training import leave_signals, loader_workers
 
 from .config import TrainConfig
-from .models import has_fixed_size
 from .sources import Source
 
 
@@ -57,20 +55,9 @@ class Preprocessing:
         values = dataclasses.asdict(self)
         return {"input_size": (values.pop("in_chans"), *values.pop("size")), **values}
 
-    def changed(self, model: str, size: ImageSize | None, crop_pct: float | None) -> Preprocessing:
-        """Return the same for another size or crop, as of a test at a larger size than trained at.
-
-        Args:
-            model: its name in timm.
-            size, crop_pct: None leaves them as they are.
-
-        Raises:
-            ValueError: the model takes images of one size, and this is another.
-        """
-        sides = self.size if size is None else (size.height, size.width)
-        if has_fixed_size(model) and sides != self.size:
-            raise ValueError(f"image_size must be {self.size[0]}x{self.size[1]}, the model's only one, got {size}")
-        return dataclasses.replace(self, size=sides, crop_pct=self.crop_pct if crop_pct is None else crop_pct)
+    def cropped(self, crop_pct: float | None) -> Preprocessing:
+        """Return the same for another crop; None leaves it as it is."""
+        return self if crop_pct is None else dataclasses.replace(self, crop_pct=crop_pct)
 
     @property
     def mode(self) -> str:
@@ -227,8 +214,10 @@ def _loader(samples: Samples, workers: int, pin_memory: bool, **order: Any) -> D
     return DataLoader(samples, collate_fn=collate, **options)  # type: ignore[arg-type]
 
 
-def training_loader(samples: Samples, batches: Order, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Return a loader of the batches in `batches`."""
+def batch_loader(
+    samples: Samples, batches: Order | Sequence[Sequence[int]], workers: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """Return a loader of the batches in `batches`: of keys (epoch, index) for training, else of indices."""
     return _loader(samples, workers, pin_memory, batch_sampler=batches)
 
 

@@ -8,21 +8,16 @@ from typing import Any
 from ..checkpoint import write_model
 from ..config import ConvertConfig
 from .convert import blocks, mixers
-from .vision import converted, from_folder, from_name
+from .vision import converted, open_model
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:
     """Convert as configured.
 
     Raises:
-        ValueError: neither a model nor a checkpoint is given, or both; or as `convert`.
+        ValueError, FileNotFoundError: as `convert`, or as `open_model`.
     """
-    if (config.model is None) == (config.checkpoint is None):
-        raise ValueError(f"give either model or checkpoint, got {'neither' if config.model is None else 'both'}")
-    if config.checkpoint is not None:
-        vision = from_folder(config.checkpoint, config.which, config.weights)
-    else:
-        vision = from_name(str(config.model), config.model_kwargs, pretrained=config.pretrained)
+    vision = open_model(config)
     before = sum(p.numel() for p in vision.model.parameters())
     vision = converted(vision, config.keep, config.mixer_kwargs)
     write_model(Path(config.out), vision.config(), vision.model.state_dict())

@@ -37,11 +37,11 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
-from ..checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, write_model
+from ..checkpoint import CONFIG, FORMAT, WEIGHTS, hash_weights, read_weights, write_model
 from ..config import DistillConfig, TrainConfig
-from ..data import Batch, Samples, Unreadable, training_loader
+from ..data import Batch, Samples, Unreadable, batch_loader
 from .objective import TERMS, Alignment, Distillation, Recorder
-from .pair import grid_of, hash_weights, open_images, open_pair
+from .pair import grid_of, open_images, open_pair
 
 FREE = FREE_TO_CHANGE | {"data_root", "teacher"}  # their content is compared
 ADAPTERS = "adapters.safetensors"
@@ -93,7 +93,7 @@ class Distiller:
             color_jitter=0,
         )
         samples = Samples(self.source, preprocessing.training_transform(looks), preprocessing.mode, seed=config.seed)
-        self.loader = training_loader(samples, self.order, config.workers, self.accelerator.device.type == "cuda")
+        self.loader = batch_loader(samples, self.order, config.workers, self.accelerator.device.type == "cuda")
         self.unreadable = Unreadable(config.unreadable)
 
     def _restore_or_start(self) -> None:

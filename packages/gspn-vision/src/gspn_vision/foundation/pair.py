@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import nn
-
-from gspn_core.runs.images import find_images, read_image
-
 from ..config import DistillConfig
-from ..sources import SUFFIXES, Source, open_source
+from ..sources import Source, Unlabelled, open_source
 from .convert import blocks, mixers
 from .grid import Grid
 from .vision import Vision, converted, from_folder, open_vision, resized
-
-
-class Unlabelled:
-    """All images in a folder and the folders in it, each of class 0.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.files = find_images(root, SUFFIXES)
-        if not self.files:
-            raise FileNotFoundError(f"no images in {str(root)!r}")
-        self.class_names = ["image"]
-        names = "\n".join(file.relative_to(root).as_posix() for file in self.files)
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.files[index]), 0
-
-    def name(self, index: int) -> str:
-        """Return the path of an image."""
-        return str(self.files[index])
 
 
 def open_images(data: str, split: str | None, root: str | None) -> Source:
@@ -114,12 +81,3 @@ def grid_of(model: Any, size: tuple[int, int]) -> Grid:
     """Return height and width of the patch grid of images of a size."""
     height, width = model.patch_embed.dynamic_feat_size(size)
     return int(height), int(width)
-
-
-def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights, the same wherever they were loaded from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -12,8 +12,9 @@ from timm.data import resolve_model_data_config
 from gspn_core.runs.files import read_json
 
 from ..checkpoint import CONFIG, load_model, locate, timm_config
+from ..config import AnyModelOptions
 from ..data import Preprocessing
-from ..models import build_model
+from ..models import build_model, set_size
 from .build import CONVERSION, NAME
 from .convert import Keep, convert
 
@@ -50,6 +51,13 @@ def from_folder(folder: str, which: str = "best", weights: str = "auto") -> Visi
     return Vision(loaded.model, loaded.name, kwargs, loaded.preprocessing, loaded.class_names)
 
 
+def open_model(config: AnyModelOptions) -> Vision:
+    """Make or load the model that options name; raises as `from_name` or `from_folder`."""
+    if config.checkpoint is not None:
+        return from_folder(config.checkpoint, config.which, config.weights)
+    return from_name(str(config.model), config.model_kwargs, pretrained=config.pretrained)
+
+
 def open_vision(origin: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> Vision:
     """Make a model by its name in timm, or load that of a folder.
 
@@ -71,17 +79,9 @@ def resized(vision: Vision, size: tuple[int, int]) -> Vision:
     Raises:
         ValueError: it takes images of one size alone.
     """
-    if size == tuple(vision.preprocessing.size):
-        return vision
-    try:
-        vision.model.set_input_size(img_size=size)
-    except (AttributeError, AssertionError, ValueError) as error:
-        before = "x".join(map(str, vision.preprocessing.size))
-        raise ValueError(
-            f"image_size must be {before}, the only one of {vision.name}, got {size[0]}x{size[1]}"
-        ) from error
-    preprocessing = dataclasses.replace(vision.preprocessing, size=size)
-    return vision._replace(kwargs={**vision.kwargs, "img_size": list(size)}, preprocessing=preprocessing)
+    changed = set_size(vision.model, size, vision.preprocessing.size)
+    kwargs = {**vision.kwargs, "img_size": list(size)} if changed else vision.kwargs
+    return vision._replace(kwargs=kwargs, preprocessing=dataclasses.replace(vision.preprocessing, size=size))
 
 
 def converted(vision: Vision, keep: Keep, mixer_kwargs: Mapping[str, Any]) -> Vision:
