@@ -233,6 +233,21 @@ def test_a_larger_student_learns_from_enlarged_features(options: dict, tmp_path:
     assert model.model(torch.randn(1, 3, 24, 32)).shape == (1, 3)
 
 
+def test_a_curriculum(options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equals its runs by hand; and a second call finds all done."""
+    curriculum = {"steps": 4, "align_steps": 2, "adapters": False}
+    result = run(options, **curriculum, curriculum=[16, "24x32"])
+    assert result["steps"] == 2 and result["model"] == str(tmp_path / "run" / "model")
+    first = run(options, **curriculum, out=str(tmp_path / "1"))
+    hand = {"teacher": first["model"], "keep": [], "image_size": "24x32", "teacher_image_size": 16, "align_steps": 0}
+    run(options, **{**curriculum, **hand, "steps": 2}, out=str(tmp_path / "2"))
+    got, expected = (weights(tmp_path / name / "model") for name in ("run", "2"))
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert checkpoint.load_model(result["model"]).preprocessing.size == (24, 32)
+    monkeypatch.delattr(Distiller, "_update")  # or it would go on
+    assert run(options, **curriculum, curriculum=[16, "24x32"])["model"] == result["model"]
+
+
 def test_any_images_serve(options: dict, training_folder: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -267,6 +282,9 @@ def test_begins_with_a_converted_model(options: dict, tmp_path: Path, capsys: py
         ({"align_steps": 9}, "align_steps must be at most steps"),
         ({"mixer_weight": 0.0, "block_weight": 0.0}, "mixer_weight or block_weight"),
         ({"crop_scale": [1.0, 0.5]}, "crop_scale must be"),
+        ({"curriculum": [16, 16]}, "curriculum must be different sizes"),
+        ({"curriculum": [16, 24], "image_size": 16}, "image_size must not be given with curriculum"),
+        ({"curriculum": [16, 24], "align_steps": 8}, "align_steps must be less than steps"),
         ({"mixer_kwargs": {"width": 3}}, "mixer_kwargs must be of"),
         ({"pretrained": True}, "pretrained must not be given"),
         ({"teacher": "resnet18"}, "nothing to replace"),

@@ -365,10 +365,14 @@ class DistillConfig(TrainingOptions):
         image_size: height and width of the student's input; null is the teacher's
         teacher_image_size: height and width of the teacher's input, whose features are enlarged to the student's grid;
             null is image_size
+        curriculum: heights and widths to learn at one after the other, such as 378 518 756 1036: the first from the
+            teacher, each further one from the student of the one before, frozen, whose features are enlarged; null is
+            image_size alone
         augment: random crops and mirror images
         crop_scale: least and largest area of the random crop
         steps: updates of the weights, in both stages together
-        align_steps: updates of stage 1, in which each mixer learns for itself from the teacher's input of its block
+        align_steps: updates of stage 1, in which each mixer learns for itself from the teacher's input of its block; of
+            a curriculum only at its first size
         lr: peak learning rate of stage 2
         align_lr: peak learning rate of stage 1
         warmup_steps: updates of linear warm-up in each stage; a tenth of them where these are not more
@@ -390,6 +394,7 @@ class DistillConfig(TrainingOptions):
     split: str | None = None
     image_size: ImageSize | None = None
     teacher_image_size: ImageSize | None = None
+    curriculum: list[ImageSize] | None = None
     augment: bool = True
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.25, 1.0)
     steps: PositiveInt = 10_000
@@ -410,6 +415,14 @@ class DistillConfig(TrainingOptions):
             raise ValueError(f"align_steps must be at most steps ({self.steps}), got {self.align_steps}")
         if self.loss == "taps" and self.mixer_weight == self.block_weight == 0:
             raise ValueError("mixer_weight or block_weight must be above 0, got 0 and 0")
+        if self.curriculum is not None:
+            for name in ("image_size", "teacher_image_size"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} must not be given with curriculum, got {getattr(self, name)}")
+            if len(set(self.curriculum)) != len(self.curriculum) or not self.curriculum:
+                raise ValueError(f"curriculum must be different sizes, got {[str(size) for size in self.curriculum]}")
+            if len(self.curriculum) > 1 and self.align_steps == self.steps:
+                raise ValueError(f"align_steps must be less than steps ({self.steps}) with curriculum, got as many")
         low, high = self.crop_scale
         if low > high:
             raise ValueError(f"crop_scale must be two rising numbers, got {[low, high]}")

@@ -8,7 +8,9 @@ OUT/model/           the averaged weights at the end, a timm folder
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
-from gspn_core.runs.files import locked, read_tensors, write_text
+from gspn_core.runs.files import locked, read_tensors, replacing_folder, write_text
 from gspn_core.runs.logs import Log, last_value
-from gspn_core.runs.options import to_dict, to_yaml, warmup_of
+from gspn_core.runs.options import ImageSize, to_dict, to_yaml, warmup_of
 from gspn_core.runs.order import INIT, Order, seed_all
 from gspn_core.runs.training import (
     FREE_TO_CHANGE,
@@ -331,6 +334,31 @@ class Distiller:
             self.unreadable.report()
 
 
+def _sized(config: DistillConfig, sizes: list[ImageSize]) -> Iterator[DistillConfig]:
+    """Yield a run's options for each size of a curriculum."""
+    own: dict[str, Any] = {"curriculum": None}
+    for number, size in enumerate(sizes):
+        out = Path(config.out) / f"{size.height}x{size.width}"
+        yield dataclasses.replace(config, **own, image_size=size, out=str(out))
+        # The student of a size is the teacher of the next, and a copy of it is the next student's beginning.
+        own |= {"teacher": str(out / "model"), "teacher_image_size": size, "align_steps": 0}
+        own |= {"model_kwargs": {}, "pretrained": False, "start_from": None, "keep": [], "mixer_kwargs": {}}
+        if number == 0:
+            own |= {"steps": config.steps - config.align_steps}
+
+
 def distill(config: DistillConfig) -> dict[str, Any]:
-    """Distil as configured; see `Distiller.run`."""
-    return Distiller(config).run()
+    """Distil as configured: a run, or one for each size of a curriculum in `OUT/HEIGHTxWIDTH`; see `Distiller.run`.
+
+    Of a curriculum `OUT/model` is the model of the last size, as it is of a single run.
+    """
+    if config.curriculum is None:
+        return Distiller(config).run()
+    for sized in _sized(config, config.curriculum):
+        result = Distiller(sized).run()
+    state, last = PartialState(), Path(result["model"])
+    if state.is_main_process:
+        with replacing_folder(Path(config.out) / "model") as temporary:
+            shutil.copytree(last, temporary, dirs_exist_ok=True)
+    state.wait_for_everyone()
+    return {**result, "model": str(Path(config.out) / "model")}
