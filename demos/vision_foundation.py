@@ -59,7 +59,6 @@ STUDENT: dict[str, Any] = {
     "ema_decay": 0.998,
     "warmup_steps": 100,
 }
-ALONE = STUDENT["steps"]
 # What differs from STUDENT; all have as many updates.
 MAIN: dict[str, dict[str, Any]] = {
     "no attention": {},
@@ -67,7 +66,7 @@ MAIN: dict[str, dict[str, Any]] = {
     "attention in 2 of 6 blocks": {"keep": 1 / 3},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "stage 1 only": {"align_steps": ALONE},
+    "stage 1 only": {"align_steps": STUDENT["steps"]},
     "stage 2 only": {"align_steps": 0},
     "with adapters": {"adapters": True},
     "last features only": {"loss": "last"},
@@ -153,6 +152,7 @@ def run(
         for name, options in rows.items():
             place = folder / name.replace(" ", "-").replace(",", "")
             own = {**STUDENT, **(student or {}), **options, **shared, "teacher": taught["model"]}
+            own["align_steps"] = min(own["align_steps"], own["steps"])
             found = once(learn, place, own)
             results[name].append({"seed": seed, **found, "difference": found["top1"] - taught["top1"]})
     about: dict[str, Any] = {"torch": torch.__version__, "timm": timm.__version__, "gspn_vision": __version__}
