@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -85,7 +87,7 @@ class Preprocessing:
             raise ValueError(f"auto_augment must be a policy of timm, got {policy!r}: {reason(error)}") from None
 
     def _augmented(self, config: TrainConfig) -> Any:
-        return create_transform(
+        transform = create_transform(
             (self.in_chans, *self.size),
             is_training=True,
             mean=self.mean,
@@ -100,6 +102,20 @@ class Preprocessing:
             re_prob=config.random_erasing,
             re_mode="pixel",
         )
+        _keep_one_bit(transform)
+        return transform
+
+
+def _keep_one_bit(transform: Any) -> None:
+    """Let posterisation by a policy of timm keep a bit: of some levels timm makes 0, which Pillow 13 refuses."""
+    for step in transform.transforms:
+        for op in itertools.chain(*getattr(step, "policy", ()), getattr(step, "ops", ())):
+            if op.name.startswith("Posterize"):
+                op.level_fn = functools.partial(_bits, op.level_fn)
+
+
+def _bits(level_fn: Any, level: float, hparams: Any) -> tuple[int]:
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 class Sample(NamedTuple):
