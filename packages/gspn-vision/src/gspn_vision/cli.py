@@ -1,5 +1,5 @@
 """Image backbones with GSPN, a command each: train, validate, predict, visualize, profile, benchmark, export,
-convert, distill, features, probe.
+convert, distill, features, probe, explore.
 
 Options come from the command line and from YAML files (`--config`). Under `torchrun` or `accelerate launch` train,
 validate, distill and features run in several processes.
@@ -60,6 +60,11 @@ COMMANDS = {
         resumable=True,
     ),
     "probe": _command("probe", "measure stored features by nearest neighbours and a linear classifier"),
+    "explore": Command(
+        "gspn_vision.config:ExploreConfig",
+        "gspn_vision.explore:run",
+        "show in a browser where the pixels of photographs go",
+    ),
 }
 
 

@@ -493,3 +493,22 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         if not self.inverse_penalties:
             raise ValueError("inverse_penalties must have at least one number, got none")
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ExploreConfig(AnyModelOptions):
+    """Every option of `gspn-vision explore`.
+
+    Args:
+        image: photograph to begin with; null is one of scikit-learn's
+        image_size: height and width that photographs are resized to; null as of visualize
+        device: auto takes the accelerator if any
+        port: of the page on 127.0.0.1
+        browser: open the page in a browser
+    """
+
+    image: str | None = None
+    image_size: ImageSize | None = None
+    device: Device = "auto"
+    port: PositiveInt = 7860
+    browser: bool = False
