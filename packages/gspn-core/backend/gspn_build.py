@@ -138,10 +138,10 @@ def require_compiler(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Driver:
-    """An NVIDIA driver: the newest CUDA it serves (0: unknown), and the compute capabilities of its GPUs (90 is 9.0)."""
+    """An NVIDIA driver: the newest CUDA it serves, 0 if unknown, and the compute capabilities of its GPUs."""
 
-    cuda: int
-    capabilities: tuple[int, ...]
+    cuda: int  # 13010 is 13.1
+    capabilities: tuple[int, ...]  # 90 is 9.0
 
 
 def _ask_library() -> Driver | None:
