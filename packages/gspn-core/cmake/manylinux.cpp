@@ -1,6 +1,6 @@
-// Definitions of the few functions that GCC 11 and later, and glibc 2.32 and later, have put into their shared
-// libraries and that the compiler's headers call, for GSPN_MANYLINUX: with them the extension asks for nothing newer than
-// manylinux_2_28 has. Hidden, so that they serve this extension alone.
+// For GSPN_MANYLINUX: definitions of what the headers of GCC 11 and later use, and what only the shared libraries of
+// GCC 11 and glibc 2.32 have. With them the extension needs nothing newer than manylinux_2_28 has. They are hidden, so
+// that they serve this extension alone.
 #include <exception>
 #include <new>
 
@@ -13,8 +13,10 @@ const char gspn_libc_single_threaded = 0;
 }
 
 // GLIBCXX_3.4.29.
-extern "C" [[noreturn]] GSPN_HIDDEN void gspn_throw_bad_array_new_length() __asm__("_ZSt28__throw_bad_array_new_lengthv");
+extern "C" {
+[[noreturn]] GSPN_HIDDEN void gspn_throw_bad_array_new_length() __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void gspn_throw_bad_array_new_length() { throw std::bad_array_new_length(); }
+}
 
 // CXXABI_1.3.13: std::exception_ptr's reference count, which its copy constructor and destructor keep too. The library
 // has had these since CXXABI_1.3.3.
