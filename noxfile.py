@@ -227,6 +227,7 @@ def lint(session: nox.Session) -> None:
         str(path.relative_to(ROOT))
         for path in sorted(
             (
+                *ROOT.glob("packages/*/cmake/*"),
                 *ROOT.glob("packages/*/csrc/**/*"),
                 *ROOT.glob("packages/*/tests/**/*"),
                 *ROOT.glob("packages/*/benchmarks/*"),
@@ -394,8 +395,8 @@ def _core_wheels(session: nox.Session, sdist: Path, dist: Path, interpreters: di
         env |= {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache", "CMAKE_CUDA_COMPILER_LAUNCHER": "ccache"}
     for version, interpreter in interpreters.items():
         python = _environment(session, interpreter, WHEELS / f"python{version}")
-        options = ("wheel", "--no-deps", "--wheel-dir", str(raw))
-        options += ("-C", "cmake.define.GSPN_MANYLINUX=ON") if portable else ()
+        options = ["wheel", "--no-deps", "--wheel-dir", str(raw)]
+        options += ["-C", "cmake.define.GSPN_MANYLINUX=ON"] if portable else []
         session.run(python, "-m", "pip", *options, str(folder), env=env, external=True)
         tag = f"cp{version.replace('.', '')}"
         (wheel,) = raw.glob(f"*-{tag}-{tag}-*.whl")

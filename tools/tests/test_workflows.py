@@ -78,8 +78,8 @@ def test_compatibility_runs_for_every_python_that_wheels_are_built_for():
 
 def test_cibuildwheel_builds_the_same_pythons():
     text = (ROOT / "packages" / "gspn-core" / "pyproject.toml").read_text(encoding="utf-8")
-    built = re.search(r'^build = "(.*)"$', text, re.MULTILINE)[1].split()
-    assert built == [f"cp{version.replace('.', '')}-*" for version in constant("PYTHONS")]
+    (built,) = re.findall(r'^build = "(.*)"$', text, re.MULTILINE)
+    assert built.split() == [f"cp{version.replace('.', '')}-*" for version in constant("PYTHONS")]
     assert f'= "{constant("MANYLINUX")}"' in text and f"--plat {constant('MANYLINUX')}_x86_64" in text
 
 
