@@ -369,7 +369,7 @@ def _environment(session: nox.Session, interpreter: str, environment: Path) -> s
 
 
 def _repair(session: nox.Session, wheel: Path, dist: Path) -> None:
-    """Give a wheel its manylinux tag, with the options that cibuildwheel uses; warn if it is only a newer one."""
+    """Give a wheel its manylinux tag by cibuildwheel's command, which checks it; warn if it is only a newer one."""
     command = _metadata("gspn-core")["tool"]["cibuildwheel"]["repair-wheel-command"]
     words = shlex.split(command.format(dest_dir=dist, wheel=wheel))
     before = set(dist.glob("*.whl"))
@@ -378,7 +378,6 @@ def _repair(session: nox.Session, wheel: Path, dist: Path) -> None:
         words[words.index("--plat") + 1] = "auto"
         session.run(*words, silent=True)
         session.warn(f"{wheel.name} needs a newer glibc than {MANYLINUX} has; `nox -s package -- images` avoids that")
-    session.run("auditwheel", "show", *map(str, set(dist.glob("*.whl")) - before))
 
 
 def _core_wheels(session: nox.Session, sdist: Path, dist: Path, interpreters: dict[str, str]) -> None:

@@ -217,21 +217,20 @@ def plan_cuda(settings: Settings) -> Plan:
         if Path("/proc/driver/nvidia").exists():
             return Plan(False, message="there is an NVIDIA driver, but it names no GPU: CUDA kernels need GSPN_CUDA=on")
         return Plan(False)
-    supported = sorted({_architecture(capability) for capability in driver.capabilities if capability >= 80})
-    faults = []
-    if driver.cuda and driver.cuda < DRIVER_NEEDED:
-        version = f"{driver.cuda // 1000}.{driver.cuda % 1000 // 10}"
-        faults.append(
-            f"this machine's driver serves CUDA {version}, and the Python packages have nvcc from 13.0 on: update the "
-            "driver, or put nvcc of an older CUDA toolkit (12.4 or later) on PATH, for CUDA kernels"
+    if 0 < driver.cuda < DRIVER_NEEDED:
+        served = f"{driver.cuda // 1000}.{driver.cuda % 1000 // 10}"
+        message = (
+            f"this machine's driver serves CUDA {served}, and nvcc's Python packages begin with 13.0: for CUDA kernels "
+            "update the driver, or put nvcc of CUDA 12.4 or later on PATH"
         )
-    if not supported:
+        if wanted == "on":
+            _stop(f"{message} (GSPN_CUDA=on)")
+        return Plan(False, message=f"{message}; only CPU kernels are built")
+    supported = sorted({_architecture(capability) for capability in driver.capabilities if capability >= 80})
+    if not supported and wanted == "auto":
         names = ", ".join(f"{c // 10}.{c % 10}" for c in driver.capabilities) or "none"
-        faults.append(f"the CUDA kernels need a GPU of compute capability 8.0 or later, this machine's: {names}")
-    if faults and wanted == "auto":
-        return Plan(False, message=f"{faults[0]}; only CPU kernels are built")
-    if faults and not supported:
-        supported = []  # GSPN_CUDA=on: for all GPUs, none of which is here
+        message = f"the CUDA kernels need a GPU of compute capability 8.0 or later, this machine's: {names}"
+        return Plan(False, message=f"{message}; only CPU kernels are built")
     architectures = chosen or ";".join(map(str, supported))
     what = f"compute capability {architectures.replace(';', ', ')}" if architectures else "all supported GPUs"
     return Plan(True, architectures, f"CUDA kernels for {what}, by nvcc from its Python packages (GSPN_CUDA=off: none)")

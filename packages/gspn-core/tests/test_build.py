@@ -214,6 +214,14 @@ def test_a_driver_or_gpu_that_is_too_old_is_named(machine, tmp_path, monkeypatch
 
 
 @LINUX
+def test_on_ends_the_build_where_the_driver_is_too_old(machine, tmp_path, monkeypatch):
+    make_driver(tmp_path, monkeypatch, cuda=12080)
+    result = run("gspn_build.get_requires_for_build_wheel({'cmake.define.GSPN_CUDA': 'on'})")
+    assert result.returncode == 1
+    assert "serves CUDA 12.8" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@LINUX
 def test_on_fetches_nvcc_without_a_driver_and_for_all_gpus(machine, monkeypatch):
     monkeypatch.setenv("GSPN_CUDA", "on")
     required, (line,) = requirements()
