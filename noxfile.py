@@ -319,8 +319,10 @@ def sanitize(session: nox.Session) -> None:
 def cuda(session: nox.Session) -> None:
     """Compile the CUDA kernels with nvcc, warnings as errors, and check spills and machine code; needs no GPU.
 
-    For sm_90 alone, unless GSPN_CUDA_ARCHITECTURES names others; the machine code is checked of sm_90.
+    For sm_90 alone, unless GSPN_CUDA_ARCHITECTURES names others; the machine code is checked of sm_90, in float32 and
+    bfloat16. After -- come the types to compile, by default all.
     """
+    types = _named(session, ["bfloat16", "float16", "float32", "float64"])
     if shutil.which("nvcc") is None:
         session.skip("needs nvcc")
     session.install("cmake>=3.25", "ninja>=1.11", "pybind11>=2.13", "nvidia-cuda-nvdisasm==13.*")
@@ -335,10 +337,15 @@ def cuda(session: nox.Session) -> None:
         "-DCMAKE_CUDA_FLAGS=--no-compress",  # so that machine code can be read from the objects
     )
     log = CUDA_BUILD / "build.log"
+    objects = [
+        f"CMakeFiles/gspn_kernels_cuda.dir/csrc/cuda/{name}.cu.o"
+        for name in ("dispatch", *map("kernels_{}".format, types))
+    ]
     with log.open("w") as file:
-        session.run("cmake", "--build", str(CUDA_BUILD), "--target", "_C", stdout=file, stderr=file)
+        targets = objects if session.posargs else ("_C",)
+        session.run("cmake", "--build", str(CUDA_BUILD), "--target", *targets, stdout=file, stderr=file)
     session.run("python", "tools/check_spills.py", str(log))
-    if architectures == "90":
+    if architectures == "90" and {"float32", "bfloat16"} <= set(types):
         # How the kernels use sectors and banks, by their own addresses.
         core, program = ROOT / "packages" / "gspn-core", CUDA_BUILD / "traffic"
         folders = [core / "csrc", core / "csrc" / "cuda", core / "csrc" / "include", core / "tests" / "emulation"]

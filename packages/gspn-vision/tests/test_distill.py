@@ -353,6 +353,10 @@ def test_a_record_is_of_attention_and_block() -> None:
     torch.testing.assert_close(model.blocks[1].norm1(record.made[0]), record.inputs[1])
     torch.testing.assert_close(model.blocks[1].attn(record.inputs[1]), record.mixed[1])
     assert len(blocks(model)) == len(record.made) == 3
+    recorder.kinds = ("made",)
+    model.forward_features(x)
+    again = recorder.take()
+    assert again.inputs == again.mixed == () and torch.equal(again.made[2], record.made[2])
     recorder.clear()
     recorder.remove()
     model.forward_features(x)

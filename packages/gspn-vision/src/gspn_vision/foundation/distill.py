@@ -43,7 +43,7 @@ from gspn_core.runs.training import (
 from ..checkpoint import CONFIG, FORMAT, WEIGHTS, hash_weights, read_weights, write_model
 from ..config import DistillConfig, TrainConfig
 from ..data import Batch, Samples, Unreadable, batch_loader
-from .objective import TERMS, Alignment, Distillation, Recorder
+from .objective import FEATURES, TERMS, Alignment, Distillation, Recorder
 from .pair import grid_of, open_images, open_pair
 
 FREE = FREE_TO_CHANGE | {"data_root", "teacher"}  # their content is compared
@@ -147,7 +147,9 @@ class Distiller:
         self.lr = LearningRate(lr, min(config.min_lr, lr), config.lr_schedule, steps, warmup)
         seed_all(INIT, config.seed, stage)
         self.trained: Any = Alignment(student, self.grids[0])
+        self.recorder.kinds = ("inputs", "mixed")
         if stage == 2:
+            self.recorder.kinds = FEATURES if config.loss == "taps" else ()
             self.trained = Distillation(
                 student,
                 self.grids,

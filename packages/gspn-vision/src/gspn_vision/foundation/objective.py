@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +19,24 @@ TERMS = ("loss", "mixer_loss", "block_loss")
 class Record(NamedTuple):
     """Of each block in order, tokens (N, T + H W, C): what its attention or mixer got, made, and the block made."""
 
-    inputs: tuple[Tensor, ...]
-    mixed: tuple[Tensor, ...]
-    made: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...] = ()
+    mixed: tuple[Tensor, ...] = ()
+    made: tuple[Tensor, ...] = ()
+
+
+FEATURES = ("mixed", "made")  # what taps compare
 
 
 class Recorder:
-    """Records what passes through the blocks of a model, by hooks, until `take`."""
+    """Records what passes through the blocks of a model, by hooks, until `take`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: of timm.
+        kinds: fields of `Record` that are recorded, may be changed later. Others stay empty.
+    """
+
+    def __init__(self, model: nn.Module, kinds: Collection[str] = Record._fields) -> None:
+        self.kinds = kinds
         self._tensors: dict[tuple[str, int], Tensor] = {}
         self.blocks = list(blocks(model).values())
         self._hooks = []
@@ -38,21 +47,25 @@ class Recorder:
 
     def _attention_hook(self, number: int) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._tensors["inputs", number] = inputs[0]
-            self._tensors["mixed", number] = output
+            self._note("inputs", number, inputs[0])
+            self._note("mixed", number, output)
 
         return hook
 
     def _block_hook(self, number: int) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._tensors["made", number] = output
+            self._note("made", number, output)
 
         return hook
+
+    def _note(self, kind: str, number: int, tensor: Tensor) -> None:
+        if kind in self.kinds:
+            self._tensors[kind, number] = tensor
 
     def take(self) -> Record:
         """Return the record of the last call, and forget it."""
         found, self._tensors = self._tensors, {}
-        return Record(*(tuple(found[kind, n] for n in range(len(self.blocks))) for kind in Record._fields))
+        return Record(**{kind: tuple(found[kind, n] for n in range(len(self.blocks))) for kind in self.kinds})
 
     def clear(self) -> None:
         """Forget, as what the backward pass has computed again."""
@@ -155,7 +168,7 @@ class Distillation(nn.Module):
         self.student, self.grids, self.taps = student, grids, taps
         self.weights, self.kl_weight = (mixer_weight, block_weight), kl_weight
         self.prefix_tokens = int(getattr(student, "num_prefix_tokens", 0))
-        self.recorder = Recorder(student) if taps else None
+        self.recorder = Recorder(student, FEATURES) if taps else None
         count, dim = len(blocks(student)), student.embed_dim
         adapted = (count, count - 1) if taps and adapters else (0, 0)  # mixers, blocks
         self.adapters = nn.ModuleList(
