@@ -23,9 +23,7 @@ class Row(NamedTuple):
 ROWS = {
     "cpu": Row("CPU only", (_CHECKOUT,), "CPU kernels: AVX-512, AVX2 or baseline, chosen at run time"),
     "nvidia_nvcc": Row("NVIDIA GPU, nvcc 12.4 or later on PATH or in CUDACXX", (_CHECKOUT,), "CPU and CUDA kernels"),
-    "nvidia": Row(
-        "NVIDIA GPU, no nvcc", (_NVCC, _WITH_NVCC), f"CPU and CUDA kernels; without nvcc, {_REFERENCE}"
-    ),
+    "nvidia": Row("NVIDIA GPU, no nvcc", (_NVCC, _WITH_NVCC), f"CPU and CUDA kernels; without nvcc, {_REFERENCE}"),
     "other": Row("another accelerator (ROCm, XPU, MPS)", (_CHECKOUT,), f"CPU kernels; {_REFERENCE}"),
 }
 
