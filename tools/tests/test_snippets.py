@@ -96,7 +96,7 @@ def test_blocks_that_would_be_missed_are_refused(text, message):
 
 
 def test_commands_are_found():
-    code = 'A=1 gspn-core info \\\n  --json  # why\ncd x && pip install "a[b]==1.*" | tail -n 1\nx=$(hostname -f $(y)) z $(a)b\n'
+    code = 'A=1 gspn-core info \\\n  --json  # why\ncd x && pip install "a[b]==1.*" | tail -n 1\nx=$(f $(y)) z $(a)b\n'
     assert list(commands(code)) == [
         ["gspn-core", "info", "--json"],
         ["cd", "x"],
