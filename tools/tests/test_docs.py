@@ -22,7 +22,9 @@ def documented():
     names = set()
     for page in DOCS.glob("api/*.md"):
         text = page.read_text(encoding="utf-8")
-        for name, members in re.findall(r"^::: ([\w.]+)(?:\n    options:\n      members: \[(.*)\])?", text, re.MULTILINE):
+        for name, members in re.findall(
+            r"^::: ([\w.]+)(?:\n    options:\n      members: \[(.*)\])?", text, re.MULTILINE
+        ):
             names |= {name, *(f"{name}.{member.strip()}" for member in members.split(",") if member)}
     return names
 
@@ -88,4 +90,6 @@ def test_forms_for_issues_are_complete():
     assert len(forms) == 2
     for form in forms:
         assert {"name", "description", "body"} <= set(form)
-        assert all(field["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes") for field in form["body"])
+        assert all(
+            field["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes") for field in form["body"]
+        )
