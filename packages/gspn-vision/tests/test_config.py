@@ -52,4 +52,8 @@ def test_every_option_has_a_line_of_help():
     kinds = [kind for name, kind in vars(config).items() if name.endswith("Config")]
     assert len(kinds) >= 8
     for kind in kinds:
-        assert "--out" in parser_of(kind).format_help() or kind in (config.PredictConfig, config.ProfileConfig)
+        assert "--out" in parser_of(kind).format_help() or kind in (
+            config.PredictConfig,
+            config.ProbeConfig,
+            config.ProfileConfig,
+        )

@@ -161,6 +161,26 @@ def test_convert_replaces_attention_of(base: str) -> None:
     assert torch.equal(kept(x), original(x)) and not mixers(kept)
 
 
+@pytest.mark.parametrize("base", ["vit", "deit_distilled", "dinov2", "dinov3", "eva02"])
+def test_prefix_tokens_read_as_before(base: str) -> None:
+    """By the projections of the attention: of the last two without their rotations, as it is called here."""
+    original = small(base)
+    attention, tokens = original.blocks[0].attn, BASES[base][2]
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    mixer = convert(copy.deepcopy(original)).blocks[0].attn
+    x = torch.randn(2, tokens + 24, 32)
+    torch.testing.assert_close(mixer(x, grid=(4, 6))[:, :tokens], attention(x)[:, :tokens], rtol=1e-4, atol=1e-5)
+
+
+def test_projections_with_norms_between_them_are_not_copied() -> None:
+    for changed in ({"qk_norm": True}, {"attn_layer": "diff"}):
+        original = small(**changed)
+        mixer = convert(copy.deepcopy(original)).blocks[0].attn
+        weight = next(m for m in original.blocks[0].attn.modules() if isinstance(m, nn.Linear)).weight
+        assert not torch.equal(mixer.q.weight, weight[:32])
+
+
 @pytest.mark.parametrize("base", ["vit", "eva02"])
 @pytest.mark.parametrize("size", [(16, 24), (24, 16), (8, 48), (40, 12)])
 def test_the_grid_is_that_of_the_call(base: str, size: tuple[int, int]) -> None:

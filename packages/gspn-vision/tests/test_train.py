@@ -242,12 +242,19 @@ def test_no_averages(tiny_options, tmp_path):
 
 def test_a_model_of_one_size_is_made_for_the_size_asked_for(training_folder, tmp_path):
     """A ViT of timm takes images of one size, 224 by default."""
-    change = {"model": "test_vit", "model_kwargs": {}, "image_size": [32, 48], "out": str(tmp_path / "run")}
+    small = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+    change = {"model": "vit_tiny_patch16_224", "model_kwargs": small, "image_size": [32, 48]}
+    change["out"] = str(tmp_path / "run")
     summary = train(make(TrainConfig, tiny_run(training_folder) | change))
     loaded = checkpoint.load_model(summary["folder"])
     assert loaded.model.patch_embed.img_size == (32, 48)
+    resized = loaded.resized(ImageSize(64, 80))
+    assert resized.preprocessing.size == (64, 80) and resized.model(torch.zeros(1, 3, 64, 80)).isfinite().all()
+    with pytest.raises(ValueError, match="image_size must be a multiple of the patches of 16x16, got 64x72"):
+        resized.resized(ImageSize(64, 72))
+    mixer = loaded._replace(model=timm.create_model("mixer_s32_224", num_classes=2))
     with pytest.raises(ValueError, match="image_size must be 32x48, the model's only one, got 64x64"):
-        loaded.preprocessing.changed(loaded.name, ImageSize(64, 64), None)
+        mixer.resized(ImageSize(64, 64))
 
 
 def test_pretrained_weights(training_folder, tmp_path, monkeypatch):

@@ -160,15 +160,15 @@ def test_termination_is_noted_once_and_undone(number, message, status):
 
 
 LOADING = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 from torch.utils.data import DataLoader
 from gspn_core.runs.training import leave_signals
 
 loader = iter(DataLoader(range(100), num_workers=1, worker_init_fn=leave_signals))
 next(loader)
 pid = loader._workers[0].pid
-for number in (signal.SIGINT, signal.SIGTERM):
-    os.kill(pid, number)
+for name in ("INT", "TERM", "TERM"):
+    subprocess.run(["kill", f"-{name}", str(pid)], check=True)  # by another process than this
     time.sleep(0.5)
     next(loader)
 print(pid)
@@ -178,6 +178,39 @@ print(pid)
 def test_a_loaders_process_outlives_a_signal_and_not_the_run():
     done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+FAILING = """
+from torch.utils.data import DataLoader
+from gspn_core.runs.training import leave_signals, loader_workers
+
+class Data:
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        if index == WHERE:
+            raise LookupError("no such image")
+        return index
+
+workers = loader_workers(1)
+loader = iter(DataLoader(Data(), num_workers=workers, worker_init_fn=leave_signals, persistent_workers=True))
+print(loader._workers[0].pid, flush=True)
+while True:
+    if next(loader) == 10:
+        raise RuntimeError("the update fails")
+"""
+
+
+@pytest.mark.parametrize("where", [3, -1])
+def test_an_error_does_not_leave_the_run_waiting_for_its_loader(where):
+    """Whether it is raised where data are loaded, or by the main process."""
+    code = FAILING.replace("WHERE", str(where))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "killed" not in done.stderr
+    assert ("no such image" if where == 3 else "the update fails") in done.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
 

@@ -8,12 +8,15 @@ optimizer.safetensors, state.json     as of `gspn_core.runs.checkpoints`
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -21,9 +24,10 @@ from torch import Tensor, nn
 from gspn_core.runs import checkpoints
 from gspn_core.runs.errors import reason
 from gspn_core.runs.files import read_json, read_tensors, replacing_folder, store_tensors
+from gspn_core.runs.options import ImageSize
 
 from .data import Preprocessing
-from .models import checkpoint_filter_fn
+from .models import checkpoint_filter_fn, set_size
 
 FORMAT = "gspn-vision 2"
 CONFIG = "config.json"
@@ -103,6 +107,20 @@ class Loaded(NamedTuple):
     name: str  # in timm
     state: dict[str, Any]  # the checkpoint's JSON values
 
+    def resized(self, size: ImageSize | None, crop_pct: float | None = None) -> Loaded:
+        """Return the same for another size or crop, as of a test at a larger size than trained at; model in place.
+
+        Args:
+            size, crop_pct: None leaves them as they are.
+
+        Raises:
+            ValueError: the model takes images of its own size alone; see `models.set_size`.
+        """
+        before = self.preprocessing
+        sides = before.size if size is None else (size.height, size.width)
+        set_size(self.model, sides, before.size)
+        return self._replace(preprocessing=dataclasses.replace(before, size=sides).cropped(crop_pct))
+
 
 def load_model(path: str | Path, *, which: str = "best", weights: str = "auto") -> Loaded:
     """Rebuild a model.
@@ -129,3 +147,12 @@ def load_model(path: str | Path, *, which: str = "best", weights: str = "auto") 
     names = config.get("label_names") or [str(number) for number in range(config["num_classes"])]
     preprocessing = Preprocessing.from_timm(config["pretrained_cfg"])
     return Loaded(model.eval(), preprocessing, list(names), config["architecture"], state)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights, the same wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

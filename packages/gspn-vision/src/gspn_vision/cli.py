@@ -1,8 +1,8 @@
 """Image backbones with GSPN, a command each: train, validate, predict, visualize, profile, benchmark, export,
-convert.
+convert, distill, features, probe, explore.
 
-Options come from the command line and from YAML files (`--config`). Under `torchrun` or `accelerate launch` train and
-validate run in several processes.
+Options come from the command line and from YAML files (`--config`). Under `torchrun` or `accelerate launch` train,
+validate, distill and features run in several processes.
 """
 
 from __future__ import annotations
@@ -46,6 +46,24 @@ COMMANDS = {
         "gspn_vision.foundation.command:run",
         "replace the attention of a vision transformer",
         text="gspn_vision.foundation.command:as_text",
+    ),
+    "distill": Command(
+        "gspn_vision.config:DistillConfig",
+        "gspn_vision.foundation.distill:distill",
+        "teach a converted vision transformer by the one with attention",
+        resumable=True,
+    ),
+    "features": Command(
+        "gspn_vision.config:FeaturesConfig",
+        "gspn_vision.features:run",
+        "store what a model makes of images",
+        resumable=True,
+    ),
+    "probe": _command("probe", "measure stored features by nearest neighbours and a linear classifier"),
+    "explore": Command(
+        "gspn_vision.config:ExploreConfig",
+        "gspn_vision.explore:run",
+        "show in a browser where the pixels of photographs go",
     ),
 }
 

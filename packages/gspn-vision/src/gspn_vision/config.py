@@ -306,19 +306,16 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class ConvertConfig:
-    """Every option of `gspn-vision convert`.
+class AnyModelOptions:
+    """Which model a command takes: a timm model by name, or a trained one.
 
     Args:
-        model: timm model whose blocks have attention; or give a checkpoint
+        model: timm model; or give a checkpoint
         model_kwargs: constructor arguments that differ from the model's, such as {dynamic_img_size: true}
         pretrained: begin with the pretrained weights of a timm model
         checkpoint: a run, a checkpoint, a timm folder, or a file of weights beside its config.json
         which: checkpoint of a run
         weights: averaged weights or plain ones; auto takes the averaged if there are any
-        keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
-        mixer_kwargs: of the mixers, latent, weight_groups, chunk_size and prefix, such as {latent: 64}
-        out: folder for the converted model
     """
 
     model: str | None = None
@@ -327,6 +324,191 @@ class ConvertConfig:
     checkpoint: str | None = None
     which: Literal["best", "latest"] = "best"
     weights: Literal["auto", "ema", "model"] = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.checkpoint is None):
+            raise ValueError(f"give either model or checkpoint, got {'neither' if self.model is None else 'both'}")
+        if self.checkpoint is not None and (self.model_kwargs or self.pretrained):
+            given = "model_kwargs" if self.model_kwargs else "pretrained"
+            raise ValueError(f"{given} must not be given with a checkpoint, which has its own")
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ConvertConfig(AnyModelOptions):
+    """Every option of `gspn-vision convert`.
+
+    Args:
+        keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
+        mixer_kwargs: of the mixers, latent, weight_groups, chunk_size and prefix, such as {latent: 64}
+        out: folder for the converted model
+    """
+
     keep: list[int] | float | str = dataclasses.field(default_factory=list)
     mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     out: str = "converted"
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class DistillConfig(TrainingOptions):
+    """Every option of `gspn-vision distill`.
+
+    Args:
+        teacher: vision transformer to learn from, a timm model's name, a run, a checkpoint or a timm folder
+        model_kwargs: constructor arguments of a teacher by name that differ from the model's
+        pretrained: begin with the pretrained weights of a timm model, the teacher
+        start_from: converted model to begin with, a run, a checkpoint or a timm folder; null converts the teacher
+        keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
+        mixer_kwargs: of the mixers, latent, weight_groups, chunk_size and prefix, such as {latent: 64}
+        data: images, whose labels are not used: a folder of images, or as of train
+        data_root: folder that a timm data set is stored in
+        split: of the data; null is train, or all images of a folder without splits
+        image_size: height and width of the student's input; null is the teacher's
+        teacher_image_size: height and width of the teacher's input, whose features are enlarged to the student's grid;
+            null is image_size
+        curriculum: heights and widths to learn at one after the other, such as 378 518 756 1036: the first from the
+            teacher, each further one from the student of the one before, frozen, whose features are enlarged; null is
+            image_size alone
+        augment: random crops and mirror images
+        crop_scale: least and largest area of the random crop
+        steps: updates of the weights, in both stages together
+        align_steps: updates of stage 1, in which each mixer learns for itself from the teacher's input of its block; of
+            a curriculum only at its first size
+        lr: peak learning rate of stage 2
+        align_lr: peak learning rate of stage 1
+        warmup_steps: updates of linear warm-up in each stage; a tenth of them where these are not more
+        loss: of stage 2, taps compares features after every mixer and block, last those after the last block alone
+        adapters: compare taps through small MLPs, which are thrown away afterwards
+        mixer_weight: weight of the features after mixers
+        block_weight: weight of the features after blocks
+        kl_weight: weight of the divergence of their softmaxes, beside the mean squared difference
+        out: folder of the run
+    """
+
+    teacher: str
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: bool = False
+    keep: list[int] | float | str = dataclasses.field(default_factory=list)
+    mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: str
+    data_root: str | None = None
+    split: str | None = None
+    image_size: ImageSize | None = None
+    teacher_image_size: ImageSize | None = None
+    curriculum: list[ImageSize] | None = None
+    augment: bool = True
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.25, 1.0)
+    steps: PositiveInt = 10_000
+    align_steps: NonNegativeInt = 2_000
+    lr: PositiveFloat = 5e-4
+    align_lr: PositiveFloat = 2e-3
+    warmup_steps: NonNegativeInt = 500
+    weight_decay: NonNegativeFloat = 0.01
+    loss: Literal["taps", "last"] = "taps"
+    adapters: bool = False
+    mixer_weight: NonNegativeFloat = 1.0
+    block_weight: NonNegativeFloat = 1.0
+    kl_weight: NonNegativeFloat = 0.0
+    out: str = "distilled"
+
+    def __post_init__(self) -> None:
+        if self.align_steps > self.steps:
+            raise ValueError(f"align_steps must be at most steps ({self.steps}), got {self.align_steps}")
+        if self.loss == "taps" and self.mixer_weight == self.block_weight == 0:
+            raise ValueError("mixer_weight or block_weight must be above 0, got 0 and 0")
+        if self.curriculum is not None:
+            for name in ("image_size", "teacher_image_size"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} must not be given with curriculum, got {getattr(self, name)}")
+            if len(set(self.curriculum)) != len(self.curriculum) or not self.curriculum:
+                raise ValueError(f"curriculum must be different sizes, got {[str(size) for size in self.curriculum]}")
+            if len(self.curriculum) > 1 and self.align_steps == self.steps:
+                raise ValueError(f"align_steps must be less than steps ({self.steps}) with curriculum, got as many")
+        low, high = self.crop_scale
+        if low > high:
+            raise ValueError(f"crop_scale must be two rising numbers, got {[low, high]}")
+        super().__post_init__()
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class FeaturesConfig(AnyModelOptions):
+    """Every option of `gspn-vision features`.
+
+    Args:
+        data: data set, as of train; or a folder of images in any folders, which have no classes then
+        data_root: folder that a timm data set is stored in
+        split: part of the data set; null is all images of a folder without splits
+        pool: what is stored of an image, head what the classifier gets, class the class token, mean the mean of the
+            image tokens, map all of these
+        image_size: height and width of the input; null is that of the model's preprocessing
+        crop_pct: share of the image's side that is kept; null is that of the model's preprocessing
+        batch_size: images per process and forward pass
+        precision: of the forward passes (mixed precision)
+        store_precision: of the features in the files
+        shard_size: images per file
+        workers: processes that load data, per process
+        unreadable: stop at an image that cannot be read, or skip it
+        device: auto takes the accelerator if any
+        out: folder for the features
+        progress: show progress bars
+    """
+
+    data: str
+    data_root: str | None = None
+    split: str | None = None
+    pool: Literal["head", "class", "mean", "map"] = "head"
+    image_size: ImageSize | None = None
+    crop_pct: PositiveFloat | None = None
+    batch_size: PositiveInt = 128
+    precision: Precision = "fp32"
+    store_precision: Literal["fp32", "fp16"] = "fp32"
+    shard_size: PositiveInt = 10_000
+    workers: NonNegativeInt = 4
+    unreadable: Unreadable = "stop"
+    device: Device = "auto"
+    out: str = "features"
+    progress: bool = True
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ProbeConfig:
+    """Every option of `gspn-vision probe`.
+
+    Args:
+        data: folder of features, of images with classes, to learn from
+        val_data: folder of features to measure on
+        neighbors: images that vote in the nearest-neighbour classifier
+        temperature: of their votes, exp(cosine / temperature)
+        inverse_penalties: strengths C of the linear classifier's fit against its penalty, of which the best in a
+            cross-validation counts
+        seed: of the cross-validation's parts
+    """
+
+    data: str
+    val_data: str
+    neighbors: PositiveInt = 20
+    temperature: PositiveFloat = 0.07
+    inverse_penalties: list[PositiveFloat] = dataclasses.field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0])
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        if not self.inverse_penalties:
+            raise ValueError("inverse_penalties must have at least one number, got none")
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ExploreConfig(AnyModelOptions):
+    """Every option of `gspn-vision explore`.
+
+    Args:
+        image: photograph to begin with; null is one of scikit-learn's
+        image_size: height and width that photographs are resized to; null as of visualize
+        device: auto takes the accelerator if any
+        port: of the page on 127.0.0.1
+        browser: open the page in a browser
+    """
+
+    image: str | None = None
+    image_size: ImageSize | None = None
+    device: Device = "auto"
+    port: PositiveInt = 7860
+    browser: bool = False

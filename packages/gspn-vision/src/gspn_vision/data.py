@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,12 +18,10 @@ from tqdm import tqdm
 
 from gspn_core.runs.errors import reason
 from gspn_core.runs.images import UnreadableImageError
-from gspn_core.runs.options import ImageSize
 from gspn_core.runs.order import AUGMENT, Order, seed_all
 from gspn_core.runs.training import leave_signals, loader_workers
 
 from .config import TrainConfig
-from .models import has_fixed_size
 from .sources import Source
 
 
@@ -57,20 +57,9 @@ class Preprocessing:
         values = dataclasses.asdict(self)
         return {"input_size": (values.pop("in_chans"), *values.pop("size")), **values}
 
-    def changed(self, model: str, size: ImageSize | None, crop_pct: float | None) -> Preprocessing:
-        """Return the same for another size or crop, as of a test at a larger size than trained at.
-
-        Args:
-            model: its name in timm.
-            size, crop_pct: None leaves them as they are.
-
-        Raises:
-            ValueError: the model takes images of one size, and this is another.
-        """
-        sides = self.size if size is None else (size.height, size.width)
-        if has_fixed_size(model) and sides != self.size:
-            raise ValueError(f"image_size must be {self.size[0]}x{self.size[1]}, the model's only one, got {size}")
-        return dataclasses.replace(self, size=sides, crop_pct=self.crop_pct if crop_pct is None else crop_pct)
+    def cropped(self, crop_pct: float | None) -> Preprocessing:
+        """Return the same for another crop; None leaves it as it is."""
+        return self if crop_pct is None else dataclasses.replace(self, crop_pct=crop_pct)
 
     @property
     def mode(self) -> str:
@@ -98,7 +87,7 @@ class Preprocessing:
             raise ValueError(f"auto_augment must be a policy of timm, got {policy!r}: {reason(error)}") from None
 
     def _augmented(self, config: TrainConfig) -> Any:
-        return create_transform(
+        transform = create_transform(
             (self.in_chans, *self.size),
             is_training=True,
             mean=self.mean,
@@ -113,6 +102,20 @@ class Preprocessing:
             re_prob=config.random_erasing,
             re_mode="pixel",
         )
+        _keep_one_bit(transform)
+        return transform
+
+
+def _keep_one_bit(transform: Any) -> None:
+    """Let posterisation by a policy of timm keep a bit: of some levels timm makes 0, which Pillow 13 refuses."""
+    for step in transform.transforms:
+        for op in itertools.chain(*getattr(step, "policy", ()), getattr(step, "ops", ())):
+            if op.name.startswith("Posterize"):
+                op.level_fn = functools.partial(_bits, op.level_fn)
+
+
+def _bits(level_fn: Any, level: float, hparams: Any) -> tuple[int]:
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 class Sample(NamedTuple):
@@ -227,8 +230,10 @@ def _loader(samples: Samples, workers: int, pin_memory: bool, **order: Any) -> D
     return DataLoader(samples, collate_fn=collate, **options)  # type: ignore[arg-type]
 
 
-def training_loader(samples: Samples, batches: Order, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Return a loader of the batches in `batches`."""
+def batch_loader(
+    samples: Samples, batches: Order | Sequence[Sequence[int]], workers: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """Return a loader of the batches in `batches`: of keys (epoch, index) for training, else of indices."""
     return _loader(samples, workers, pin_memory, batch_sampler=batches)
 
 

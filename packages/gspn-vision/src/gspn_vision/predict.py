@@ -118,10 +118,10 @@ def predict(
 def run(config: PredictConfig) -> Iterator[dict[str, Any]]:
     """Predict as configured, image by image."""
     loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
-    preprocessing = loaded.preprocessing.changed(loaded.name, config.image_size, config.crop_pct)
+    loaded = loaded.resized(config.image_size, config.crop_pct)
     for guess in predict(
         loaded.model.to(device_of(config.device)),
-        preprocessing,
+        loaded.preprocessing,
         loaded.class_names,
         config.images,
         top=config.top,

@@ -117,6 +117,32 @@ class Folder:
         return self._samples[index][0]
 
 
+class Unlabelled:
+    """All images in a folder and the folders in it, each of class 0.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.files = find_images(root, SUFFIXES)
+        if not self.files:
+            raise FileNotFoundError(f"no images in {str(root)!r}")
+        self.class_names = ["image"]
+        names = "\n".join(file.relative_to(root).as_posix() for file in self.files)
+        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.files[index]), 0
+
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.files[index])
+
+
 class TimmSource:
     """Any data set with random access that `timm.data.create_dataset` makes."""
 

@@ -39,7 +39,7 @@ from gspn_core.runs.training import (
 from .arguments import model_arguments, preprocessing_of
 from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, write_model
 from .config import TrainConfig
-from .data import Batch, Samples, Unreadable, training_loader, validation_loader
+from .data import Batch, Samples, Unreadable, batch_loader, validation_loader
 from .finetune import freeze, start_from, training_mode
 from .models import build_model, check_classifier
 from .sources import open_source
@@ -110,7 +110,7 @@ class Trainer:
         config, prep = self.config, self.preprocessing
         pin = self.accelerator.device.type == "cuda"
         samples = Samples(self.train_source, prep.training_transform(config), prep.mode, seed=config.seed)
-        self.train_loader = training_loader(samples, self.order, config.workers, pin)
+        self.train_loader = batch_loader(samples, self.order, config.workers, pin)
         validated = Samples(self.val_source, prep.transform(), prep.mode)
         share = {"rank": self.rank, "world_size": self.world}
         self.val_loader = validation_loader(validated, config.batch_size, config.workers, pin, **share)

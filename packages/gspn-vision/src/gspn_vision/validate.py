@@ -122,8 +122,8 @@ def validate(config: ValidateConfig) -> tuple[Metrics, list[Prediction], Source,
         The metrics, the predictions in the order of the data, the data, and the class names.
     """
     loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
+    loaded = loaded.resized(config.image_size, config.crop_pct)
     class_names = loaded.class_names
-    preprocessing = loaded.preprocessing.changed(loaded.name, config.image_size, config.crop_pct)
     trained_with = loaded.state.get("data") or {}
     if config.data is None and not trained_with:
         raise ValueError(f"data must be given: {config.checkpoint!r} does not say what it was trained with")
@@ -134,7 +134,7 @@ def validate(config: ValidateConfig) -> tuple[Metrics, list[Prediction], Source,
         class_names=class_names,
     )
     accelerator, policy = make_accelerator(config.device), Unreadable(config.unreadable)
-    samples = Samples(source, preprocessing.transform(), preprocessing.mode)
+    samples = Samples(source, loaded.preprocessing.transform(), loaded.preprocessing.mode)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     loader = validation_loader(samples, config.batch_size, config.workers, **share)
     predictions: list[Prediction] = []

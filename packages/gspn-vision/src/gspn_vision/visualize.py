@@ -18,6 +18,7 @@ from gspn_core.runs.files import replacing
 from .checkpoint import load_model
 from .config import VisualizeConfig
 from .data import Preprocessing
+from .models import takes_any_size
 from .predict import open_image
 from .validate import prepare_file
 
@@ -85,12 +86,13 @@ def heat_maps(
 
     Args:
         model: with `SpatialPropagation` layers, in evaluation mode.
-        preprocessing: colours, mean and deviation of its input; its size is not used.
+        preprocessing: of its input; its size counts for a model of images of one size alone.
         photograph: any image.
         pixel: row and column in the photograph; its centre by default.
         layer: a name out of `layers(model)`; the first that scans the whole map by default.
         size: height and width that the photograph is resized to; its own by default, but with a longer side of at most
-            `LONGEST`: the cost of the forward pass and of its maps grows with the pixels.
+            `LONGEST`: the cost of the forward pass and of its maps grows with the pixels. A model of images of one size
+            gets this one by default.
 
     Raises:
         ValueError: the pixel lies outside, or there is no such layer.
@@ -100,6 +102,8 @@ def heat_maps(
     row, column = pixel or (height // 2, width // 2)
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"pixel must lie inside {height} rows and {width} columns, got {(row, column)}")
+    if not takes_any_size(model):
+        size = size or preprocessing.size
     shrink = min(1.0, LONGEST / max(height, width))
     rows, columns = size or (max(1, round(height * shrink)), max(1, round(width * shrink)))
     photograph = photograph.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC)
@@ -231,7 +235,9 @@ def draw_page(results: Sequence[HeatMaps], path: str | Path, *, title: str = "")
     mappable: Any = None
     for axis, result in zip(axes[1:], results, strict=False):
         mappable = _overlay(axis, result, result.maps.mean(0))
-        axis.set_title(f"{result.layer.removesuffix('.mixer.propagation')}\n{_reach(result)}", fontsize=9)
+        axis.set_title(
+            f"{result.layer.removesuffix('.propagation').removesuffix('.mixer')}\n{_reach(result)}", fontsize=9
+        )
         _mark(axis, result)
     for axis in axes[len(results) + 1 :]:
         axis.remove()
@@ -253,7 +259,8 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
         raise ValueError("image must be given, or --list-layers")
     photograph = open_image(config.image)[0]
     prepare_file(config.out)
-    size = None if config.image_size is None else (config.image_size.height, config.image_size.width)
+    loaded = loaded.resized(config.image_size)
+    size = None if config.image_size is None else loaded.preprocessing.size
     results = [
         heat_maps(loaded.model, loaded.preprocessing, photograph, pixel=config.pixel, layer=layer, size=size)
         for layer in (names if config.all_layers else [config.layer])

@@ -50,14 +50,23 @@ def loader_workers(workers: int) -> int:
 
 
 def leave_signals(_: int) -> None:
-    """Let a process that loads data ignore Ctrl-C and a first SIGTERM, which often go to all processes of a job.
+    """Let a process that loads data ignore Ctrl-C, and SIGTERM unless the main one sends it, as it does at its exit.
 
-    The main one ends it, by another SIGTERM if need be, or at its exit it would wait for ever. Otherwise each would
-    print a traceback, and a loader that finds its process killed raises an error in the midst of an update, before the
-    run could save.
+    They often go to all processes of a job. Otherwise each would print a traceback, and a loader that finds its process
+    killed raises an error in the midst of an update, before the run could save. Where a process cannot learn who sent
+    a signal (macOS), any SIGTERM ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_exit_at_sigterm_of, args=[os.getppid()], daemon=True).start()
+
+
+def _exit_at_sigterm_of(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)  # with any other status the loader would take it for a failure
 
 
 def make_accelerator(device: str, precision: str = "fp32", accumulate: int = 1, *, tf32: bool = False) -> Accelerator:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from timm.layers import Attention, AttentionRope
+from timm.models.eva import EvaAttention
 from torch import nn
 
 from .grid import GridBlock, GridModel, grid_class, note_grid
@@ -69,7 +71,8 @@ def convert(
     """Replace the attention of a timm model's blocks by `CompressedPropagation`, in place; return the model.
 
     Any model of one sequence of blocks with attention: ViT, DeiT, DINOv2 and v3, EVA-02, SigLIP and the like. Weights
-    stay what they are but the mixers', which are random, and need distillation. Attention that pools stays. The model
+    stay what they are but the mixers', which are random, and need distillation; but prefix tokens read by the
+    attention's projections, where queries and keys have no norms. Attention that pools stays. The model
     compiles, exports, and goes through torch.fx; TorchScript takes its graph of torch.fx, but not the model itself.
 
     Args:
@@ -129,7 +132,39 @@ def _mixer(block: Any, options: dict[str, Any]) -> CompressedPropagation:
         dtype=weight.dtype,
         **options,
     )
+    copy_projections(block.attn, mixer)
     return mixer.train(block.attn.training)
+
+
+@torch.no_grad()
+def copy_projections(attention: Any, mixer: CompressedPropagation) -> bool:
+    """Let prefix tokens read by an attention's projections, if it is dot-product attention; tell whether they do.
+
+    They read what they read before then, without rotary embeddings. Attention with norms or gates between its
+    projections is left alone. A bias of the keys is dropped, which the softmax cancels.
+    """
+    if not isinstance(attention, (Attention, AttentionRope, EvaAttention)):
+        return False
+    between = [getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
+    if not mixer.attends or not all(isinstance(module, (nn.Identity, type(None))) for module in between):
+        return False
+    weights: Any
+    biases: Any = [getattr(attention, f"{name}_bias", None) for name in "qkv"]
+    if getattr(attention, "qkv", None) is not None:
+        weights = attention.qkv.weight.chunk(3)
+        biases = biases if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
+    else:
+        layers: Any = [getattr(attention, f"{name}_proj") for name in "qkv"]
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    read = [(mixer.q, weights[0], biases[0]), (mixer.k, weights[1], None), (mixer.v, weights[2], biases[2])]
+    read.append((mixer.out, attention.proj.weight, attention.proj.bias))
+    if any(weight.shape != layer.weight.shape for layer, weight, _ in read):
+        return False
+    for layer, weight, bias in read:
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return True
 
 
 def _check(model: Any, found: dict[str, nn.Module]) -> None:

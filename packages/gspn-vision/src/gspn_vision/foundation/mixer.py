@@ -104,9 +104,10 @@ class CompressedPropagation(nn.Module):
         )
         self.up = nn.Linear(width, dim, device=device, dtype=dtype)
         if self.attends:
-            self.prefix_kv = nn.Linear(dim, 2 * width, device=device, dtype=dtype)
+            self.prefix_k = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)  # softmax cancels a bias
+            self.prefix_v = nn.Linear(dim, width, device=device, dtype=dtype)
             self.q = nn.Linear(dim, dim, device=device, dtype=dtype)
-            self.k = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)  # softmax cancels a bias
+            self.k = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
             self.v = nn.Linear(dim, dim, device=device, dtype=dtype)
             self.out = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.reset_parameters()
@@ -142,7 +143,7 @@ class CompressedPropagation(nn.Module):
         y = self.propagation(z.transpose(1, 2).unflatten(2, (height, width)))
         y = y.flatten(2).transpose(1, 2)
         if self.attends:
-            k, v = self.prefix_kv(prefix).unsqueeze(1).chunk(2, dim=-1)
+            k, v = (layer(prefix).unsqueeze(1) for layer in (self.prefix_k, self.prefix_v))
             y = y + F.scaled_dot_product_attention(z.unsqueeze(1), k, v).squeeze(1)
         mixed: Tensor = self.up(y)
         if self.prefix_tokens == 0:

@@ -2,7 +2,7 @@
 
 from ..foundation.build import cgspn
 from .backbones import Gspn, checkpoint_filter_fn
-from .build import build_model, check_classifier, check_name, has_fixed_size
+from .build import build_model, check_classifier, check_name, has_fixed_size, set_size, takes_any_size
 
 __all__ = [
     "Gspn",
@@ -12,4 +12,6 @@ __all__ = [
     "check_name",
     "checkpoint_filter_fn",
     "has_fixed_size",
+    "set_size",
+    "takes_any_size",
 ]

@@ -31,6 +31,43 @@ def has_fixed_size(name: str) -> bool:
     return about is not None and bool(about.fixed_input_size)
 
 
+def takes_any_size(model: Any) -> bool:
+    """Tell whether a timm model takes images of any size as it is; not so a ViT that was not made for that."""
+    strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
+    return not (model.pretrained_cfg.get("fixed_input_size") and strict)
+
+
+def set_size(model: Any, size: tuple[int, int], own: tuple[int, int]) -> bool:
+    """Make a timm model, in place, one for images of another height and width, if it needs to be told.
+
+    Position embeddings are resampled, as timm does where a model is made for another size.
+
+    Args:
+        model: a timm model.
+        size: height and width that images will have.
+        own: those that it was made for.
+
+    Returns:
+        Whether the model has changed: its `img_size` is another one now.
+
+    Raises:
+        ValueError: it takes images of its own size alone, or its patches do not fill images of this one.
+    """
+    if size == own or takes_any_size(model):
+        return False
+    alone = f"image_size must be {own[0]}x{own[1]}, the model's only one, got {size[0]}x{size[1]}"
+    if not hasattr(model, "set_input_size"):
+        raise ValueError(alone)
+    height, width = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if size[0] % height or size[1] % width:
+        raise ValueError(f"image_size must be a multiple of the patches of {height}x{width}, got {size[0]}x{size[1]}")
+    try:
+        model.set_input_size(img_size=size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{alone}: {reason(error)}") from error
+    return True
+
+
 def build_model(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """Make a timm model, with pretrained weights if wanted, which timm adapts to other classes and input channels.
 

@@ -1,0 +1,83 @@
+"""What a distillation is made of: teacher, student and images without labels."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from ..config import DistillConfig
+from ..sources import Source, Unlabelled, open_source
+from .convert import blocks, mixers
+from .grid import Grid
+from .vision import Vision, converted, from_folder, open_vision, resized
+
+
+def open_images(data: str, split: str | None, root: str | None) -> Source:
+    """Open images whose labels, if any, are not used.
+
+    Args:
+        data: as of `sources.open_source`; or a folder of images in any folders.
+        split: of a data set; None is "train" where a folder has it, and all images of one that has not.
+        root: folder that a timm data set is stored in.
+
+    Raises:
+        FileNotFoundError, ValueError: as `sources.open_source`; or there is no image.
+    """
+    folder = Path(data)
+    if split is None and folder.is_dir() and not (folder / "train").is_dir():
+        return Unlabelled(folder)
+    if folder.is_dir() and (folder / (split or "train")).is_dir():
+        return Unlabelled(folder / (split or "train"))
+    return open_source(data, split or "train", root=root)
+
+
+def open_pair(config: DistillConfig) -> tuple[Vision, Vision]:
+    """Return the teacher, and the student: the teacher converted, or the converted model of `start_from`.
+
+    Raises:
+        ValueError: a model cannot be converted, or was not where it had to be; the two do not fit each other.
+        FileNotFoundError: there is no such model.
+    """
+    teacher = open_vision(config.teacher, config.model_kwargs, pretrained=config.pretrained)
+    size = teacher.preprocessing.size if config.image_size is None else _sides(config.image_size)
+    given = [name for name in ("keep", "mixer_kwargs") if getattr(config, name)]
+    if config.start_from is not None:
+        student, origin = from_folder(config.start_from), "start_from"
+    else:
+        student, origin = teacher._replace(model=copy.deepcopy(teacher.model)), "teacher"
+    if mixers(student.model) and given:
+        raise ValueError(f"{given[0]} must not be given: {origin} is a converted model and has its own")
+    if origin == "start_from" and not mixers(student.model):
+        raise ValueError(f"start_from must be a converted model (gspn-vision convert), got {config.start_from!r}")
+    student = resized(student, size)
+    if not mixers(student.model):
+        student = converted(student, config.keep, config.mixer_kwargs)
+    teacher = resized(teacher, size if config.teacher_image_size is None else _sides(config.teacher_image_size))
+    _check(teacher, student, config)
+    return teacher, student
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    return size.height, size.width
+
+
+def _check(teacher: Vision, student: Vision, config: DistillConfig) -> None:
+    """Refuse a pair whose features cannot be compared."""
+    if not mixers(student.model):
+        raise ValueError(f"keep must leave a block without attention, got {config.keep}")
+    about = {
+        "blocks": [len(blocks(vision.model)) for vision in (teacher, student)],
+        "channels": [vision.model.embed_dim for vision in (teacher, student)],
+        "prefix tokens": [getattr(vision.model, "num_prefix_tokens", 0) for vision in (teacher, student)],
+        "colour channels": [vision.preprocessing.in_chans for vision in (teacher, student)],
+    }
+    for name, (theirs, own) in about.items():
+        if theirs != own:
+            raise ValueError(f"start_from must have as many {name} as the teacher, {theirs}, got {own}")
+
+
+def grid_of(model: Any, size: tuple[int, int]) -> Grid:
+    """Return height and width of the patch grid of images of a size."""
+    height, width = model.patch_embed.dynamic_feat_size(size)
+    return int(height), int(width)
