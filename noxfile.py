@@ -44,6 +44,13 @@ PACKAGES = sorted(
 # Beside what the packages name in their extra `test`.
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.7", "mypy==2.4.1", "types-PyYAML")
 LINT_TOOLS = ("ruff==0.17.5", "clang-format==23.1.5")
+DOCS_TOOLS = (
+    "mkdocs==1.6.1",
+    "mkdocs-material==9.8.2",
+    "mkdocstrings-python==2.0.11",
+    "pymdown-extensions==13.1.2",
+    LINT_TOOLS[0],  # lays out signatures
+)
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")  # that wheels are built for
 OLDEST_TORCH = (2, 11)
@@ -178,6 +185,15 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def snippets(session: nox.Session) -> None:
+    """Run the long snippets of the READMEs and docs, which `test` leaves out (minutes); pytest options go after --."""
+    python = _shared(session)
+    with session.chdir("tools"):
+        command = (python, "-m", "pytest", "-m", "long", "--durations=0", "tests/test_snippets.py", *session.posargs)
+        session.run(*command, external=True)
+
+
+@nox.session(venv_backend="none")
 def explorer(session: nox.Session) -> None:
     """Click through the page of `gspn-vision explore` in headless Chromium, which the machine has to have."""
     shared = _shared(session)
@@ -261,6 +277,18 @@ def lint(session: nox.Session) -> None:
     session.run("clang-format", "--dry-run", "-Werror", *sources)
     session.run("python", "tools/check_versions.py")
     session.run("python", "tools/check_duplicates.py")
+
+
+@nox.session(reuse_venv=True)
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site, warnings as errors; `-- serve` shows it while it is written."""
+    session.install(*DOCS_TOOLS)
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    if session.posargs:
+        session.run("mkdocs", *session.posargs, env=env)
+        return
+    session.run("mkdocs", "build", "--strict", env=env)
+    session.run("python", "tools/check_site.py", "site")
 
 
 @nox.session(venv_backend="none")

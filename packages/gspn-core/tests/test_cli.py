@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import gspn_core
-from gspn_core import _backend, _command, cli, info
+from gspn_core import _backend, _command, _install, cli, info
 
 BENCH = {"--help", "--threads", "--quick", "--repeats", "--filter", "--list", "--json", "--out"}
 OPTIONS = {
@@ -38,6 +38,31 @@ def test_info_as_a_table_names_every_value(capsys, monkeypatch):
     assert cli.main(["info"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert lines == [["a.b", "yes"], ["a.c", "none"], ["a.d", "none"], ["threads", "1"]]
+
+
+@pytest.mark.parametrize(
+    "programs, cudacxx, finds, row",
+    [
+        ((), None, "", "cpu"),
+        (("nvcc",), None, "", "cpu"),
+        ((), None, "xpu", "other"),
+        (("nvidia-smi",), None, "", "nvidia"),
+        ((), None, "cuda", "nvidia"),
+        (("nvidia-smi", "nvcc"), None, "", "nvidia_nvcc"),
+        (("nvidia-smi", "/cuda/nvcc"), "/cuda/nvcc", "cuda", "nvidia_nvcc"),
+        (("nvidia-smi",), "/gone/nvcc", "cuda", "nvidia"),
+    ],
+)
+def test_info_says_how_to_install_on_this_machine(programs, cudacxx, finds, row, monkeypatch):
+    monkeypatch.setattr(_install.shutil, "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: finds == "cuda")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: finds != "")
+    monkeypatch.setattr("torch.version.hip", None)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    if cudacxx:
+        monkeypatch.setenv("CUDACXX", cudacxx)
+    machine, commands, kernels = _install.ROWS[row]
+    assert info()["install"] == {"machine": machine, "commands": list(commands), "kernels": kernels}
 
 
 @pytest.mark.parametrize(

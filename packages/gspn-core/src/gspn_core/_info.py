@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import _backend
+from . import _backend, _install
 from ._version import __version__
 
 
@@ -18,7 +18,8 @@ def info() -> dict[str, Any]:
     Keys: `gspn_core`, `torch`, `python`, `platform` (strings); `cpu` with `compiled`, and if true, `compiler`,
     `build_type`, `openmp` (the date of its version, or None), `compiled_isas`, `supported_isas`, `isa` (the one in
     use), otherwise `error`; `cuda` with `compiled`, `architectures` and, if compiled, `compiler`; `threads` of torch,
-    which the kernels use too; `checkpoint_interval`, the lines between saved states.
+    which the kernels use too; `checkpoint_interval`, the lines between saved states; `install`, which kind of
+    `machine` this is, the `commands` that install gspn-core there from a checkout, and the `kernels` that this gives.
     """
     module = _backend.extension()
     cuda: dict[str, Any] = {"compiled": False, "architectures": []}
@@ -30,6 +31,7 @@ def info() -> dict[str, Any]:
         cpu = {"compiled": True, **built}
     else:
         cpu = {"compiled": False, "error": str(module)}
+    row = _install.ROWS[_install.kind_of_machine()]
     return {
         "gspn_core": __version__,
         "torch": torch.__version__,
@@ -39,4 +41,5 @@ def info() -> dict[str, Any]:
         "cuda": cuda,
         "threads": torch.get_num_threads(),
         "checkpoint_interval": _backend.CHECKPOINT_INTERVAL,
+        "install": {"machine": row.machine, "commands": list(row.commands), "kernels": row.kernels},
     }
