@@ -61,8 +61,8 @@ def _warn_once(device_type: str) -> None:
         )
     elif device_type == "cuda":
         how = (
-            "this build has no CUDA kernels; install gspn-core again where CMake finds nvcc (12.4 or later), "
-            "with GSPN_CUDA=on to make sure of it"
+            "this build has no CUDA kernels; install gspn-core again, with GSPN_CUDA=on to make sure of them: it needs "
+            "nvcc 12.4 or later, or fetches it where the driver serves CUDA 13"
         )
     else:
         how = f"there are kernels for cpu and cuda; move the tensors there, or see `gspn-core info` ({device_type})"

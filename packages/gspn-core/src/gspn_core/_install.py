@@ -7,8 +7,6 @@ import shutil
 from typing import NamedTuple
 
 _CHECKOUT = "pip install ./packages/gspn-core"
-_NVCC = 'pip install "cuda-toolkit[nvcc,crt,cudart,cccl]==13.0.*"'
-_WITH_NVCC = f"CUDACXX=$cuda/bin/nvcc LIBRARY_PATH=$cuda/lib {_CHECKOUT}"  # $cuda: the folder of these packages
 _REFERENCE = "tensors on the accelerator run the slow PyTorch reference, with one warning"
 
 
@@ -23,7 +21,11 @@ class Row(NamedTuple):
 ROWS = {
     "cpu": Row("CPU only", (_CHECKOUT,), "CPU kernels: AVX-512, AVX2 or baseline, chosen at run time"),
     "nvidia_nvcc": Row("NVIDIA GPU, nvcc 12.4 or later on PATH or in CUDACXX", (_CHECKOUT,), "CPU and CUDA kernels"),
-    "nvidia": Row("NVIDIA GPU, no nvcc", (_NVCC, _WITH_NVCC), f"CPU and CUDA kernels; without nvcc, {_REFERENCE}"),
+    "nvidia": Row(
+        "NVIDIA GPU, no nvcc",
+        (_CHECKOUT,),
+        f"CPU and CUDA kernels where the driver serves CUDA 13, for which the build fetches nvcc; else {_REFERENCE}",
+    ),
     "other": Row("another accelerator (ROCm, XPU, MPS)", (_CHECKOUT,), f"CPU kernels; {_REFERENCE}"),
 }
 
