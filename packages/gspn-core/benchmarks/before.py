@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ import torch
 from torch import Tensor
 
 import gspn_core
-from gspn_core import SpatialPropagation, propagate
+from gspn_core import DIRECTIONS, SpatialPropagation, propagate
+from gspn_core.bench.cpu_cases import scan_inputs
 
 SHAPES = [(8, 576, 14, 14), (8, 1152, 7, 7), (1, 576, 14, 14), (1, 1152, 7, 7), (8, 288, 28, 28), (2, 144, 56, 56)]
 PEERS = ["gspn2_tiny", "convnext_tiny", "swin_tiny_patch4_window7_224", "deit_small_patch16_224"]
@@ -140,6 +142,52 @@ def propagation(before: Any, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def bench_shapes(before: Any, rounds: int) -> list[dict[str, Any]]:
+    """Time what `gspn-core bench` times beside the reference: other shapes than those of `propagation`."""
+    rows: list[dict[str, Any]] = []
+
+    def add(
+        case: str, shape: tuple[int, ...], old: Callable[[], object], new: Callable[[], object], count: int
+    ) -> None:
+        row = turns({"before": old, "now": new}, count)
+        rows.append({"case": case, "shape": shape, "ms": row, "ratio": round(row["now"] / row["before"], 3)})
+        print(rows[-1], file=sys.stderr)
+
+    for shape, groups in (((8, 64, 56, 56), 1), ((8, 64, 64, 64), 64), ((16, 8, 1024, 1024), 8)):
+        x, weights = scan_inputs(shape, groups)
+        count = max(5, rounds // 3) if shape[-1] == 1024 else 4 * rounds
+        for direction in DIRECTIONS:
+            old, new = (partial(module.line_scan, x, weights, direction=direction) for module in (before, gspn_core))
+            torch.testing.assert_close(old(), new(), rtol=1e-4, atol=1e-4)
+            add(f"line_scan {direction}, {groups} weight groups", shape, old, new, count)
+    shape = (8, 64, 56, 56)
+    n, c, h, w = shape
+    for gates in (1, c):
+        inputs = [torch.randn(shape), torch.randn(n, 4, 1, 3, h, w), *(torch.randn(n, 4, gates, h, w) for _ in "lu")]
+        old, new = (partial(module.propagate, *inputs) for module in (before, gspn_core))
+        add(f"propagate, {gates} gates", shape, old, new, 2 * rounds)
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        old, new = (
+            partial(lambda f, own: torch.autograd.grad(f(*own).sum(), own), module.propagate, leaves)
+            for module in (before, gspn_core)
+        )
+        add(f"propagate forward+backward, {gates} gates", shape, old, new, rounds)
+    pixel = (1, 1, 1, 1)
+    inputs = [torch.randn(pixel), torch.randn(1, 4, 1, 3, 1, 1), torch.randn(1, 4, 1, 1, 1), torch.randn(1, 4, 1, 1, 1)]
+
+    def calls(f: Any, *own: Tensor) -> None:
+        with torch.no_grad():
+            for _ in range(500):
+                f(*own)
+
+    add("500 calls of propagate", pixel, *(partial(calls, m.propagate, *inputs) for m in (before, gspn_core)), rounds)
+    x, weights = scan_inputs(pixel, 1)
+    add(
+        "500 calls of line_scan", pixel, *(partial(calls, m.line_scan, x, weights) for m in (before, gspn_core)), rounds
+    )
+    return rows
+
+
 def models(before: Any, rounds: int) -> list[dict[str, Any]]:
     """Time inference of gspn_tiny beside its peers, and its training step."""
     import timm
@@ -218,6 +266,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="file of the results, as JSON")
+    parser.add_argument("--bench", action="store_true", help="the other shapes of gspn-core bench, and nothing else")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -227,7 +276,10 @@ def main() -> None:
         name, which = args.memory
         print(memory_of(name, before if which == "before" else None))
         return
-    rows = [*propagation(before, args.rounds), *models(before, args.rounds), *memory(args.before)]
+    if args.bench:
+        rows = bench_shapes(before, args.rounds)
+    else:
+        rows = [*propagation(before, args.rounds), *models(before, args.rounds), *memory(args.before)]
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,

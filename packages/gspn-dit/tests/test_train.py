@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from dit_cases import tiny_run
+from huggingface_hub import ModelCard
 from PIL import Image
 from plain import plain_forward, plain_noise_loss
 from safetensors.torch import load_file, save_file
@@ -146,6 +147,9 @@ def test_a_checkpoint_is_a_diffusers_model(whole):
         model = GSPNDiTTransformer2DModel.from_pretrained(folder, variant=variant)
         for name, value in load_file(folder / checkpoint.WEIGHTS[stem]).items():
             assert torch.equal(model.state_dict()[name], value)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "diffusers" and card.data.eval_results[0].metric_value == whole[1]["loss"]
+    assert "after 6 updates" in card.text and 'variant="ema"' in card.text
     ours, state = checkpoint.load_model(whole[0])
     assert torch.equal(ours.class_embed.weight, model.class_embed.weight)
     assert (state["step"], state["class_names"]) == (6, [str(digit) for digit in range(10)])

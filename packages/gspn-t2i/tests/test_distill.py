@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler, DiffusionPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from t2i_cases import distill_config as config
 from torch.nn import functional as F
@@ -55,6 +56,8 @@ def test_a_run(whole, sd15):
     adapter = GSPNAdapter.from_pretrained(out / "adapter")
     assert all(torch.equal(value, ema[key]) for key, value in adapter.state_dict().items())
     assert not all(torch.equal(value, plain[key]) for key, value in ema.items())
+    card = ModelCard.load(out / "adapter" / "README.md")
+    assert card.data.pipeline_tag == "text-to-image" and card.data.eval_results[0].metric_value == result["loss"]
     adapter.mount(DiffusionPipeline.from_pretrained(sd15).unet)
     for variant, weights in ((None, plain), ("ema", ema)):
         stored = GSPNAdapter.from_pretrained(last, variant=variant).state_dict()

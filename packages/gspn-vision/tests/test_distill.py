@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_distributed import run_two
 from test_train import Killed
@@ -92,6 +93,8 @@ def test_a_run(options: dict, tmp_path: Path) -> None:
         f"blocks.{n}.attn.{part}" for n in (0, 2) for part in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
     }
     assert checkpoint.load_model(tmp_path / "run").class_names == ["0", "1", "2"]
+    card = ModelCard.load(Path(result["model"]) / "README.md")
+    assert "blocks.0.attn, blocks.2.attn" in card.text and card.data.eval_results[0].metric_value == result["loss"]
     assert run(options)["steps"] == 8 and checkpoint.locate(tmp_path / "run", "latest") == newest
 
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from vision_cases import TINY, tiny_run, write_images
 
@@ -75,6 +76,10 @@ def test_a_run(tiny_options, tmp_path):
     model = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
     best = checkpoint.read_weights(checkpoint.locate(run))
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    card = ModelCard.load(run / "model" / "README.md")
+    values = [result.metric_value for result in card.data.eval_results]
+    assert card.data.library_name == "timm" and values[0] == summary["best_top1"] and len(values) == 2
+    assert "epochs: 2" in card.text and str(tmp_path) not in card.text
     config = model.pretrained_cfg
     assert (model.num_classes, config["input_size"], config["crop_pct"]) == (3, (3, 32, 32), 0.9)
     assert timm.data.resolve_model_data_config(model)["interpolation"] == "bilinear"

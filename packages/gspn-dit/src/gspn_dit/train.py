@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
+from gspn_core.runs.cards import CARD, Figure, model_card, short
 from gspn_core.runs.errors import reason
 from gspn_core.runs.files import locked, make_folder, read_tensors, write_text
 from gspn_core.runs.logs import Log, last_value
@@ -31,6 +33,7 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
+from . import __version__
 from .averages import PowerAverages
 from .checkpoint import CONFIG, FORMAT, WEIGHTS, load_model
 from .config import TrainConfig
@@ -204,9 +207,33 @@ class Trainer:
                 "config": to_dict(self.config),
                 **values,
             }
-            texts = {CONFIG: self.bare_model.to_json_string()}
+            texts = {CONFIG: self.bare_model.to_json_string(), CARD: self._card()}
             checkpoints.save(self.checkpoints, self.step, tensors, texts, state, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def _card(self) -> str:
+        config, data = self.config, str(short(self.config.data))
+        found = (
+            ("training loss", "loss", last_value(self.folder / "train.csv", "loss")),
+            (f"FID of {config.fid_count:,} images", "fid", last_value(self.folder / "validation.csv", "fid")),
+        )
+        variant = "" if self.ema is None else ', variant="ema"'
+        usage = (
+            "from gspn_dit import GSPNDiTTransformer2DModel\n\n"
+            f'model = GSPNDiTTransformer2DModel.from_pretrained("FOLDER"{variant})'
+        )
+        return model_card(
+            config.model,
+            f"A class-conditional diffusion model ({config.objective}), {len(self.class_names):,} classes, after "
+            f"{self.step:,} updates; a model of diffusers.",
+            made_by="gspn-dit train",
+            config=config,
+            usage=usage,
+            library="diffusers",
+            task="unconditional-image-generation",
+            figures=[Figure(name, data, metric, value) for name, metric, value in found if value is not None],
+            versions={"diffusers": diffusers.__version__, "gspn-dit": __version__},
+        )
 
     @property
     def _columns(self) -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
+from gspn_core.runs.cards import CARD, Figure, model_card, short
 from gspn_core.runs.errors import explaining_memory
 from gspn_core.runs.files import locked, make_folder, read_tensors, replacing_folder, store_tensors, write_text
 from gspn_core.runs.logs import Log, last_value
@@ -38,6 +40,7 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
+from . import __version__
 from .batches import Batches, open_data, open_validation
 from .conditions import Batch, Frozen
 from .config import DistillConfig
@@ -278,6 +281,26 @@ class Distiller:
         *sums, count = self.accelerator.reduce(total, "sum").tolist()
         self._write_row("validation", **{name: value / count for name, value in zip(TERMS, sums, strict=True)})
 
+    def _card(self) -> str:
+        config, data = self.config, str(short(self.config.data))
+        tables = (("train", "training loss"), ("validation", "validation loss"))
+        found = [(name, last_value(self.folder / f"{table}.csv", "loss")) for table, name in tables]
+        return model_card(
+            f"GSPN adapter of {short(config.pipeline)}",
+            f"{len(self.adapter.config.layers)} mixers ({self.adapter.config.mixer}) in the place of self-attention in "
+            f"the UNet of {short(config.pipeline)}, after {self.step:,} updates.",
+            made_by="gspn-t2i distill",
+            config=config,
+            usage=(
+                "from gspn_t2i import GSPNAdapter\n\n"
+                'GSPNAdapter.from_pretrained("FOLDER").mount(pipeline.unet)  # of the same Stable Diffusion'
+            ),
+            library="diffusers",
+            task="text-to-image",
+            figures=[Figure(name, data, "loss", float(value)) for name, value in found if value is not None],
+            versions={"diffusers": diffusers.__version__, "gspn-t2i": __version__},
+        )
+
     def run(self) -> dict[str, Any]:
         """Train to the end, and write the adapter.
 
@@ -298,6 +321,7 @@ class Distiller:
                 with replacing_folder(adapter) as temporary:
                     store_tensors(temporary / WEIGHTS, self._averaged_weights())
                     write_text(temporary / CONFIG, self.adapter.to_json_string())
+                    write_text(temporary / CARD, self._card())
             self.accelerator.wait_for_everyone()
         return {
             "folder": str(self.folder),

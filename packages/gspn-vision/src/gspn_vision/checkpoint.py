@@ -1,5 +1,6 @@
 """What a checkpoint of gspn-vision holds: each folder is a timm model too, and so is the run's folder `model`.
 
+README.md                             a model card, of folders `model`
 config.json                           architecture, arguments, classes and preprocessing, as timm's hub helpers write it
 model.safetensors                     weights: timm.create_model("local-dir:FOLDER", pretrained=True)
 ema.safetensors                       averaged weights, if there are any
@@ -21,7 +22,9 @@ from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+import gspn_core
 from gspn_core.runs import checkpoints
+from gspn_core.runs.cards import CARD, Figure, model_card
 from gspn_core.runs.errors import reason
 from gspn_core.runs.files import read_json, read_tensors, replacing_folder, store_tensors
 from gspn_core.runs.options import ImageSize
@@ -45,8 +48,39 @@ def timm_config(
         return file.read_text(encoding="utf-8")
 
 
-def write_model(folder: Path, config: str, weights: Mapping[str, Tensor]) -> None:
-    """Write a timm folder, whole or not at all.
+def card_of(
+    model: nn.Module, name: str, made_by: str, config: Any, about: str = "", figures: Sequence[Figure] = ()
+) -> str:
+    """Return the model card of a timm folder.
+
+    Args:
+        model, name: the model, and its architecture's name.
+        made_by: the command.
+        config: its options.
+        about: further sentences on what it is.
+        figures: measured on it.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    usage = (
+        "import gspn_vision  # registers the models\nimport timm\n\n"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # the folder of this file'
+    )
+    return model_card(
+        name,
+        f"The image model `{name}` of timm and gspn-vision, with {parameters:,} parameters. {about}".strip(),
+        made_by=f"gspn-vision {made_by}",
+        config=config,
+        usage=usage,
+        library="timm",
+        task="image-classification",
+        tags=("timm",),
+        figures=figures,
+        versions={"timm": timm.__version__, "gspn-core": gspn_core.__version__},
+    )
+
+
+def write_model(folder: Path, config: str, weights: Mapping[str, Tensor], card: str | None = None) -> None:
+    """Write a timm folder, with its card, whole or not at all.
 
     Raises:
         WriteError: the disk is full or not writable.
@@ -54,6 +88,8 @@ def write_model(folder: Path, config: str, weights: Mapping[str, Tensor]) -> Non
     with replacing_folder(folder) as temporary:
         store_tensors(temporary / WEIGHTS["model"], weights)
         (temporary / CONFIG).write_text(config, encoding="utf-8")
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
 
 
 def locate(path: str | Path, which: str = "best") -> Path:

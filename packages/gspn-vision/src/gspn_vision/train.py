@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
+from gspn_core.runs.cards import Figure, short
 from gspn_core.runs.errors import reason
 from gspn_core.runs.files import locked, write_text
 from gspn_core.runs.logs import Log
@@ -37,7 +38,7 @@ from gspn_core.runs.training import (
 )
 
 from .arguments import model_arguments, preprocessing_of
-from .checkpoint import CONFIG, FORMAT, WEIGHTS, read_weights, timm_config, write_model
+from .checkpoint import CONFIG, FORMAT, WEIGHTS, card_of, read_weights, timm_config, write_model
 from .config import TrainConfig
 from .data import Batch, Samples, Unreadable, batch_loader, validation_loader
 from .finetune import freeze, start_from, training_mode
@@ -293,7 +294,7 @@ class Trainer:
         if not main:
             return
         if improved:
-            write_model(self.folder / "model", self.timm_config, model.state_dict())
+            write_model(self.folder / "model", self.timm_config, model.state_dict(), self._card())
         self.log.add("validation", self.step, epoch=self._epoch, **self.metrics, best_top1=self.best["top1"])
         if config.progress:
             tqdm.write(
@@ -301,6 +302,16 @@ class Trainer:
                 f"top-1 {metrics.top1:.2f}%, top-5 {metrics.top5:.2f}%",
                 file=sys.stderr,
             )
+
+    def _card(self) -> str:
+        assert self.metrics is not None
+        config, data = self.config, f"{short(self.config.data)}, {self.config.val_split}"
+        figures = [Figure(f"top-{k} (%)", data, "accuracy", self.metrics[f"top{k}"]) for k in (1, 5)]
+        kept = "plain" if self.ema is None else "averaged"
+        about = (
+            f"It holds the {kept} weights of epoch {self._epoch} of {config.epochs}, the best on these images so far."
+        )
+        return card_of(self.bare_model, config.model, "train", config, about, figures)
 
     def run(self) -> dict[str, Any]:
         """Train to the end.

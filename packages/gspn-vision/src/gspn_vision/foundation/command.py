@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_model
+from ..checkpoint import card_of, write_model
 from ..config import ConvertConfig
 from .convert import blocks, mixers
 from .vision import converted, open_model
@@ -20,8 +20,10 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     vision = open_model(config)
     before = sum(p.numel() for p in vision.model.parameters())
     vision = converted(vision, config.keep, config.mixer_kwargs)
-    write_model(Path(config.out), vision.config(), vision.model.state_dict())
     replaced = list(mixers(vision.model))
+    about = f"Its mixers ({', '.join(replaced) or 'none'}) are random, all other weights those of the model before."
+    card = card_of(vision.model, vision.name, "convert", config, about)
+    write_model(Path(config.out), vision.config(), vision.model.state_dict(), card)
     return {
         "out": config.out,
         "replaced": replaced,

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
+from gspn_core.runs.cards import Figure, short
 from gspn_core.runs.files import locked, read_tensors, replacing_folder, write_text
 from gspn_core.runs.logs import Log, last_value
 from gspn_core.runs.options import ImageSize, to_dict, to_yaml, warmup_of
@@ -40,9 +41,10 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
-from ..checkpoint import CONFIG, FORMAT, WEIGHTS, hash_weights, read_weights, write_model
+from ..checkpoint import CONFIG, FORMAT, WEIGHTS, card_of, hash_weights, read_weights, write_model
 from ..config import DistillConfig, TrainConfig
 from ..data import Batch, Samples, Unreadable, batch_loader
+from .convert import mixers
 from .objective import FEATURES, TERMS, Alignment, Distillation, Recorder
 from .pair import grid_of, open_images, open_pair
 
@@ -289,6 +291,16 @@ class Distiller:
             f"to {self.folder}"
         )
 
+    def _card(self) -> str:
+        config, replaced = self.config, ", ".join(mixers(self.student.model))
+        about = (
+            f"C-GSPN's mixers stand in the place of attention in {replaced}; they learned from {short(config.teacher)} "
+            f"on {len(self.source):,} images of {short(config.data)} without labels."
+        )
+        loss = last_value(self.folder / "train.csv", "loss")
+        figures = [] if loss is None else [Figure("distillation loss", str(short(config.data)), "loss", float(loss))]
+        return card_of(self.student.model, self.student.name, "distill", config, about, figures)
+
     def run(self) -> dict[str, Any]:
         """Distil to the end.
 
@@ -306,7 +318,7 @@ class Distiller:
         with locked(self.folder):
             self._run()
             if main:
-                write_model(self.folder / "model", self.student.config(), self._weights())
+                write_model(self.folder / "model", self.student.config(), self._weights(), self._card())
             self.accelerator.wait_for_everyone()
         return {
             "folder": str(self.folder),
