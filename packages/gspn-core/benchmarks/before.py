@@ -183,7 +183,10 @@ def bench_shapes(before: Any, rounds: int) -> list[dict[str, Any]]:
     add("500 calls of propagate", pixel, *(partial(calls, m.propagate, *inputs) for m in (before, gspn_core)), rounds)
     x, weights = scan_inputs(pixel, 1)
     add(
-        "500 calls of line_scan", pixel, *(partial(calls, m.line_scan, x, weights) for m in (before, gspn_core)), rounds
+        "500 calls of line_scan",
+        pixel,
+        *(partial(calls, partial(m.line_scan, direction=DIRECTIONS[2]), x, weights) for m in (before, gspn_core)),
+        rounds,
     )
     return rows
 
