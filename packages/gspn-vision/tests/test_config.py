@@ -53,6 +53,7 @@ def test_every_option_has_a_line_of_help():
     assert len(kinds) >= 8
     for kind in kinds:
         assert "--out" in parser_of(kind).format_help() or kind in (
+            config.ExploreConfig,
             config.PredictConfig,
             config.ProbeConfig,
             config.ProfileConfig,

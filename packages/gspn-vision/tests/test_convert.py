@@ -400,3 +400,45 @@ def test_heat_maps_of_a_converted_model() -> None:
     assert list(layers(model)) == [f"blocks.{i}.attn.propagation" for i in range(3)]
     maps = heat_maps(model, LOOKS, Image.new("RGB", (48, 32), "teal"), pixel=(16, 8), size=(32, 48)).maps
     assert maps.shape == (4, 8, 12) and maps.isfinite().all() and (maps > 0).any()
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "samvit_base_patch16", "convit_tiny"])
+def test_models_whose_blocks_get_no_grid_stay_as_they_are(name: str) -> None:
+    kwargs = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
+    size = {"img_size": 64} if name == "samvit_base_patch16" else {"img_size": 32, "patch_size": 8}
+    model = timm.create_model(name, **kwargs, **size).eval()
+    kinds, keys = [type(module) for module in model.modules()], list(model.state_dict())
+    with pytest.raises(ValueError, match="model must"):
+        convert(model)
+    assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == keys
+    side = 64 if name == "samvit_base_patch16" else 32
+    assert model(torch.zeros(1, 3, side, side)).shape == (1, 3)
+
+
+def test_beit_takes_another_size() -> None:
+    model = convert(small("beit"))
+    model.set_input_size(img_size=(24, 32))
+    assert model(torch.zeros(1, 3, 24, 32)).shape[0] == 1
+
+
+def test_the_folder_loads_at_another_size_by_timm(tmp_path: Path) -> None:
+    saved(
+        convert(build_model("vit_tiny_patch16_224", SMALL)), tmp_path / "c", {**SMALL, "base": "vit_tiny_patch16_224"}
+    )
+    model = timm.create_model(f"local-dir:{tmp_path / 'c'}", pretrained=True, img_size=(32, 48))
+    assert model(torch.zeros(1, 3, 32, 48)).shape[0] == 1
+
+
+def test_convert_replaces_nothing_but_timm_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was there stays: a file, a folder of other files, a run."""
+    (tmp_path / "run.py").write_text("print()")
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    command = ["convert", "--model", "vit_tiny_patch16_224", f"--model-kwargs={json.dumps(SMALL)}", "--out"]
+    for name, message in (("run.py", "out must name a folder"), ("folder", "holds sub")):
+        assert main([*command, str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "run.py").read_text() == "print()" and (tmp_path / "folder" / "sub").is_dir()
+    for _ in range(2):  # a model of before may be replaced
+        assert main([*command, str(tmp_path / "new")]) == 0
+    assert main([*command, str(tmp_path / "new"), "--keep", "[0, 1, 2]"]) == 2
+    assert "keep must leave a block without attention" in capsys.readouterr().err

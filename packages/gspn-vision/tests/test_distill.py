@@ -196,7 +196,7 @@ def test_the_loss_falls_and_the_student_comes_nearer(options: dict, tmp_path: Pa
 @pytest.mark.parametrize(
     "changed",
     [
-        {"loss": "last"},
+        {"loss": "last", "adapters": False},
         {"gradient_checkpointing": True},
         {"precision": "bf16", "ema_decay": None},
         {"align_steps": 0, "adapters": False},
@@ -372,3 +372,46 @@ def test_options_are_recorded(options: dict, tmp_path: Path) -> None:
     state = checkpoints.read_state(checkpoint.locate(tmp_path / "run", "latest"), checkpoint.FORMAT)
     names = {field.name for field in dataclasses.fields(DistillConfig)}
     assert names == set(state["config"])
+
+
+def test_what_does_not_decay(options: dict) -> None:
+    """timm's choice for the student, as position embeddings, and the class token."""
+    distiller = Distiller(make(DistillConfig, {**options, "align_steps": 0}))
+    distiller._enter(2)
+    decayed = {id(p) for group in distiller.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in distiller.trained.named_parameters() if id(p) in decayed}
+    assert not names & {"student.pos_embed", "student.cls_token", "student.reg_token"}
+    assert "student.blocks.0.attn.down.weight" in names
+
+
+def test_lost_adapters_are_missed(options: dict, tmp_path: Path) -> None:
+    run(options)
+    (checkpoint.locate(tmp_path / "run", "latest") / "adapters.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapters\.safetensors"):
+        run(options, steps=10)
+
+
+def test_folders_of_something_else_are_refused(options: dict, teacher: str, tmp_path: Path) -> None:
+    run(options, steps=2, align_steps=1)
+    with pytest.raises(ValueError, match="holds a run without curriculum"):
+        run(options, curriculum=[16, 24])
+    done = str(tmp_path / "c")
+    run(options, steps=4, align_steps=2, curriculum=[16, 24], out=done)
+    assert checkpoint.load_model(done).preprocessing.size == (24, 24)
+    with pytest.raises(ValueError, match="holds a run with curriculum"):
+        run(options, out=done)
+    with pytest.raises(ValueError, match="steps was 4, is 6"):
+        run(options, steps=6, align_steps=2, curriculum=[16, 24], out=done)
+    with pytest.raises(ValueError, match="curriculum: image_size must be a multiple of the patches"):
+        run(options, curriculum=[16, 18], out=str(tmp_path / "d"))
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(ValueError, match="out must be another folder than teacher"):
+        run(options, out=teacher)
+    with pytest.raises(ValueError, match="teacher must have attention"):
+        run(options, teacher=f"{done}/model", keep=[], out=str(tmp_path / "e"))
+
+
+def test_dropped_prefix_tokens_are_not_compared_after_mixers(options: dict) -> None:
+    distiller = Distiller(make(DistillConfig, {**options, "align_steps": 0, "mixer_kwargs": {"prefix": "drop"}}))
+    distiller._enter(2)
+    assert [len(parts) for parts in distiller.trained.mixer_parts] == [1, 2, 1]  # block 1 keeps its attention

@@ -209,7 +209,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         "the file of the format torch must end in .pt2, got 'm.onnx'": [*nano, "--format", "torch", "--out", "m.onnx"],
         "image_size: expected a side in pixels or HEIGHTxWIDTH": [*nano, "--image-size", "0x32"],
         "batch_size must be an integer from 1, got 0": [*nano, "--batch-size", "0"],
-        "the model does not take images of 100x100: ": deit,
+        "image_size must be a multiple of the patches of 16x16, got 100x100": deit,
     }
     for message, arguments in cases.items():
         code, out, err = call(capsys, "export", *arguments)

@@ -16,7 +16,7 @@ from gspn_vision import features, probe
 from gspn_vision.checkpoint import write_model
 from gspn_vision.cli import main
 from gspn_vision.config import FeaturesConfig, ProbeConfig
-from gspn_vision.data import Samples
+from gspn_vision.data import Preprocessing, Samples
 from gspn_vision.features import Extraction, read_features
 from gspn_vision.foundation.vision import from_name
 from gspn_vision.sources import open_source
@@ -189,3 +189,37 @@ def test_features_of_a_checkpoint(options: dict, tmp_path: Path) -> None:
     )
     loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in extraction.model.state_dict().items())
+
+
+def test_a_shard_of_unreadable_images_does_not_stop_the_others(options: dict, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "1.png").write_bytes(b"no image")
+    changed = {"data": str(folder), "split": None, "shard_size": 1, "unreadable": "skip"}
+    assert run(options, **changed)["written"] == 3
+    assert read_features(options["out"])[0].shape == (2, 16)
+    assert run(options, **changed)["written"] == 0
+    (Path(options["out"]) / "features.json").write_text("[]")
+    with pytest.raises(ValueError, match="must be of format"):
+        read_features(options["out"])
+    with pytest.raises(ValueError, match="holds no settings"):
+        run(options, **changed)
+
+
+def test_a_low_temperature_counts_the_nearest() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 4)).astype(np.float32), rng.integers(0, 3, 30)
+    assert probe.nearest_neighbours((x, y), (x, y), temperature=1e-6) == 100
+
+
+def test_the_crop_of_the_model_is_kept() -> None:
+    """Some of timm's models squash images to a square."""
+    vision = from_name("eva02_tiny_patch14_336", {"depth": 1, "embed_dim": 48, "num_heads": 2, "img_size": 28})
+    image = Image.effect_noise((90, 50), 80).convert("RGB")
+    for mode in ("squash", "center"):
+        own = timm.data.create_transform(input_size=28, crop_mode=mode, crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+        about = {**vision.preprocessing.to_timm(), "input_size": (3, 28, 28), "crop_mode": mode, "crop_pct": 1.0}
+        about |= {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
+        assert torch.equal(Preprocessing.from_timm(about).transform()(image), own(image))

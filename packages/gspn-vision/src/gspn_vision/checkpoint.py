@@ -98,6 +98,9 @@ def locate(path: str | Path, which: str = "best") -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
+    folder = Path(path)
+    if (folder / "model" / CONFIG).is_file() and not (folder / "checkpoints").exists():
+        return folder / "model"  # of a run over several sizes
     return checkpoints.locate(path, CONFIG, which)
 
 

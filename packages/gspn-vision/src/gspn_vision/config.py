@@ -312,7 +312,7 @@ class AnyModelOptions:
     Args:
         model: timm model; or give a checkpoint
         model_kwargs: constructor arguments that differ from the model's, such as {dynamic_img_size: true}
-        pretrained: begin with the pretrained weights of a timm model
+        pretrained: load the pretrained weights of a timm model
         checkpoint: a run, a checkpoint, a timm folder, or a file of weights beside its config.json
         which: checkpoint of a run
         weights: averaged weights or plain ones; auto takes the averaged if there are any
@@ -339,7 +339,9 @@ class ConvertConfig(AnyModelOptions):
 
     Args:
         keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
-        mixer_kwargs: of the mixers, latent, weight_groups, chunk_size and prefix, such as {latent: 64}
+        mixer_kwargs: arguments of the mixers, such as {latent: 64}: latent, the channels that are scanned, or a share
+            of the model's; weight_groups, groups of them that share scan weights; chunk_size, lines per independent
+            chunk; prefix, attend, or drop to leave class and register tokens out
         out: folder for the converted model
     """
 
@@ -355,10 +357,12 @@ class DistillConfig(TrainingOptions):
     Args:
         teacher: vision transformer to learn from, a timm model's name, a run, a checkpoint or a timm folder
         model_kwargs: constructor arguments of a teacher by name that differ from the model's
-        pretrained: begin with the pretrained weights of a timm model, the teacher
+        pretrained: load the pretrained weights of a teacher by name
         start_from: converted model to begin with, a run, a checkpoint or a timm folder; null converts the teacher
         keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
-        mixer_kwargs: of the mixers, latent, weight_groups, chunk_size and prefix, such as {latent: 64}
+        mixer_kwargs: arguments of the mixers, such as {latent: 64}: latent, the channels that are scanned, or a share
+            of the model's; weight_groups, groups of them that share scan weights; chunk_size, lines per independent
+            chunk; prefix, attend, or drop to leave class and register tokens out
         data: images, whose labels are not used: a folder of images, or as of train
         data_root: folder that a timm data set is stored in
         split: of the data; null is train, or all images of a folder without splits
@@ -370,16 +374,17 @@ class DistillConfig(TrainingOptions):
             image_size alone
         augment: random crops and mirror images
         crop_scale: least and largest area of the random crop
-        steps: updates of the weights, in both stages together
-        align_steps: updates of stage 1, in which each mixer learns for itself from the teacher's input of its block; of
-            a curriculum only at its first size
+        steps: updates of the weights, in both stages together; of a curriculum at its first size, and without
+            align_steps at each further one
+        align_steps: updates of stage 1, in which each mixer learns for itself what the teacher's attention makes of its
+            input
         lr: peak learning rate of stage 2
         align_lr: peak learning rate of stage 1
         warmup_steps: updates of linear warm-up in each stage; a tenth of them where these are not more
         loss: of stage 2, taps compares features after every mixer and block, last those after the last block alone
         adapters: compare taps through small MLPs, which are thrown away afterwards
-        mixer_weight: weight of the features after mixers
-        block_weight: weight of the features after blocks
+        mixer_weight: of taps, weight of the features after mixers
+        block_weight: of taps, weight of the features after blocks
         kl_weight: weight of the divergence of their softmaxes, beside the mean squared difference
         out: folder of the run
     """
@@ -413,6 +418,8 @@ class DistillConfig(TrainingOptions):
     def __post_init__(self) -> None:
         if self.align_steps > self.steps:
             raise ValueError(f"align_steps must be at most steps ({self.steps}), got {self.align_steps}")
+        if self.loss == "last" and self.adapters:
+            raise ValueError("adapters must be off with loss 'last', which compares the last features as they are")
         if self.loss == "taps" and self.mixer_weight == self.block_weight == 0:
             raise ValueError("mixer_weight or block_weight must be above 0, got 0 and 0")
         if self.curriculum is not None:
@@ -438,7 +445,7 @@ class FeaturesConfig(AnyModelOptions):
         data_root: folder that a timm data set is stored in
         split: part of the data set; null is all images of a folder without splits
         pool: what is stored of an image, head what the classifier gets, class the class token, mean the mean of the
-            image tokens, map all of these
+            image tokens, map all of these; all after the model's last norm
         image_size: height and width of the input; null is that of the model's preprocessing
         crop_pct: share of the image's side that is kept; null is that of the model's preprocessing
         batch_size: images per process and forward pass
@@ -478,8 +485,8 @@ class ProbeConfig:
         val_data: folder of features to measure on
         neighbors: images that vote in the nearest-neighbour classifier
         temperature: of their votes, exp(cosine / temperature)
-        inverse_penalties: strengths C of the linear classifier's fit against its penalty, of which the best in a
-            cross-validation counts
+        inverse_penalties: values to try of C, the inverse of the penalty on the linear classifier's weights; the best
+            in a cross-validation counts
         seed: of the cross-validation's parts
     """
 

@@ -35,6 +35,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+    crop_mode: str = "center"
 
     @classmethod
     def from_timm(cls, values: dict[str, Any]) -> Preprocessing:
@@ -50,6 +51,7 @@ class Preprocessing:
             std=std,
             interpolation=values["interpolation"],
             crop_pct=values["crop_pct"],
+            crop_mode=values.get("crop_mode") or "center",
         )
 
     def to_timm(self) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class Preprocessing:
             std=self.std,
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
         )
 
     def training_transform(self, config: TrainConfig) -> Any:

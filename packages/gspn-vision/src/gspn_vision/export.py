@@ -16,7 +16,7 @@ from gspn_core.runs.files import make_folder, replacing
 
 from .checkpoint import load_model
 from .config import ExportConfig
-from .models import build_model
+from .models import build_model, set_size, takes_any_size
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _AXES = {0: "batch", 2: "height", 3: "width"}
@@ -111,7 +111,10 @@ def export(
         with replacing(path, path.suffix) as temporary:
             run = (_onnx if format == "onnx" else _torch)(model, images, temporary, open_axes)
             asked = (images.shape[0], *input_size)
-            sizes = [*_sizes(images, open_axes), *([asked] if format == "onnx" else [])]
+            sizes = [
+                *_sizes(images, open_axes, getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))),
+                *([asked] if format == "onnx" else []),
+            ]
             difference, largest = _compare(run, model, sizes) if run is not None else (None, None)
         count = path.stat().st_size
     return Exported(
@@ -184,14 +187,15 @@ def _noise(size: tuple[int, ...]) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
-def _sizes(images: Tensor, open_axes: list[int]) -> Iterator[tuple[int, ...]]:
-    """Yield the size of images, and others as far as its dimensions are open."""
+def _sizes(images: Tensor, open_axes: list[int], patch: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield the size of images, and others as far as its dimensions are open; of a ViT multiples of its patches."""
     n, c, h, w = images.shape
     yield n, c, h, w
     if 0 in open_axes:
         yield 1, c, h, w
     if 2 in open_axes:
-        yield n, c, h + 8, 2 * w - 1
+        height, width = h + 8, 2 * w - 1
+        yield n, c, -(-height // patch[0]) * patch[0], -(-width // patch[1]) * patch[1]
 
 
 def _compare(run: _Run, model: nn.Module, sizes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
@@ -223,6 +227,12 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Export as configured."""
     model, (channels, *own) = open_model(config.model, config.checkpoint, which=config.which, weights=config.weights)
     height, width = config.image_size or own
+    if config.dynamic_size and not takes_any_size(model):
+        raise ValueError(
+            "dynamic_size must be off: the model takes images of its own size alone; a ViT made with model_kwargs "
+            "{dynamic_img_size: true} takes others"
+        )
+    set_size(model, (height, width), (own[0], own[1]))
     exported = export(
         model,
         config.out or f"model{SUFFIXES[config.format]}",

@@ -24,7 +24,7 @@ from gspn_core.runs.errors import reason
 from gspn_core.runs.files import check_record, damaged, locked, make_folder, read_json, write_json, write_tensors
 from gspn_core.runs.training import make_accelerator
 
-from .checkpoint import hash_weights
+from .checkpoint import CONFIG, hash_weights
 from .config import FeaturesConfig
 from .data import Samples, Unreadable, batch_loader
 from .foundation.vision import open_model, resized
@@ -123,6 +123,8 @@ class Extraction:
             "shard_size": config.shard_size,
             "unreadable": config.unreadable,
         }
+        if (self.folder / CONFIG).is_file():
+            raise ValueError(f"out must be a folder of its own, {config.out!r} holds a model")
         check_record(self.folder / SETTINGS, self.settings, free=("data", "split"))
 
     def run(self) -> dict[str, Any]:
@@ -140,6 +142,8 @@ class Extraction:
         with locked(self.folder):
             if self.state.is_main_process:
                 make_folder(self.folder)
+                for leftover in self.folder.glob(".*.tmp"):
+                    leftover.unlink()
                 if not (self.folder / SETTINGS).is_file():
                     write_json(self.folder / SETTINGS, self.settings)
             missing = [number for number in range(count) if not _is_whole(shard_path(self.folder, number))]
@@ -178,10 +182,8 @@ class Extraction:
                     bar.update(len(items))
                     if len(batch.targets):
                         parts.append((self._features(batch.images), batch.targets, batch.items))
-                if not parts:
-                    raise ValueError(
-                        f"there is not one readable image among those of {shard_path(self.folder, number)}"
-                    )
+                if not parts:  # not one of its images can be read
+                    parts.append((torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)))
                 features, labels, index = (torch.cat(column) for column in zip(*parts, strict=True))
                 tensors = {"features": features, "labels": labels, "index": index}
                 write_tensors(shard_path(self.folder, number), tensors)
@@ -216,8 +218,11 @@ def read_features(folder: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
     if not (path / SETTINGS).is_file():
         raise FileNotFoundError(f"no features in {str(folder)!r}: it has no {SETTINGS}")
     settings = read_json(path / SETTINGS)
-    if settings.get("format") != FORMAT:
-        raise ValueError(f"{path / SETTINGS} must be of format {FORMAT!r}, got {settings.get('format')!r}")
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        found = settings.get("format") if isinstance(settings, dict) else settings
+        raise ValueError(f"{path / SETTINGS} must be of format {FORMAT!r}, got {found!r}")
+    if not {"images", "shard_size", "labelled", "class_names"} <= settings.keys():
+        raise damaged(path / SETTINGS, "settings are missing")
     count = _shard_count(settings)
     missing = [n for n in range(count) if not shard_path(path, n).is_file()]
     if missing:
@@ -230,4 +235,7 @@ def read_features(folder: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
                 parts.append((shard.get_tensor("features"), shard.get_tensor("labels")))
         except SafetensorError as error:
             raise damaged(file, reason(error)) from None
-    return torch.cat([f for f, _ in parts]), torch.cat([labels for _, labels in parts]), settings
+    present = [part for part in parts if len(part[1])]
+    if not present:
+        raise ValueError(f"{path} holds no features: not one image could be read")
+    return torch.cat([f for f, _ in present]), torch.cat([labels for _, labels in present]), settings

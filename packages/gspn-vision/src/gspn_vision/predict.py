@@ -118,6 +118,8 @@ def predict(
 def run(config: PredictConfig) -> Iterator[dict[str, Any]]:
     """Predict as configured, image by image."""
     loaded = load_model(config.checkpoint, which=config.which, weights=config.weights)
+    if not loaded.class_names:
+        raise ValueError(f"checkpoint must be of a model with classes, that of {config.checkpoint!r} has none")
     loaded = loaded.resized(config.image_size, config.crop_pct)
     for guess in predict(
         loaded.model.to(device_of(config.device)),

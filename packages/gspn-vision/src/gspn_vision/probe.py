@@ -40,7 +40,8 @@ def nearest_neighbours(
     """
 
     def weights(distances: Any) -> Any:
-        return np.exp(-distances / temperature)  # distance = 1 - cosine; the factor exp(1 / T) cancels
+        # Distance = 1 - cosine; a factor cancels, and that of the nearest keeps all of them from being 0.
+        return np.exp((distances.min(axis=1, keepdims=True) - distances) / temperature)
 
     count = min(neighbors, len(train[1]))
     classifier = KNeighborsClassifier(count, metric="cosine", algorithm="brute", weights=weights)

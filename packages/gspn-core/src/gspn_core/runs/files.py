@@ -251,6 +251,8 @@ def check_record(path: Path, settings: Mapping[str, Any], free: Collection[str] 
     if not path.is_file():
         return
     before = read_json(path)
+    if not isinstance(before, dict):
+        raise damaged(path, "it holds no settings")
     for key, value in settings.items():
         if key not in free and before.get(key) != value:
             raise ValueError(

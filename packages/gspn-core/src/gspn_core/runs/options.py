@@ -252,8 +252,9 @@ def _build(kind: type[Config], values: Namespace) -> Config:
         value, (_, count) = values[field.name], _words_of(hints[field.name])
         if isinstance(count, int) and value is not None and len(value) != count:
             raise ValueError(f"{field.name} must be {count} values, got {value}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{field.name} must be a finite number, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name} must be a finite number, got {number}")
         is_tuple = "tuple[" in str(hints[field.name]) and isinstance(value, list)
         fields[field.name] = tuple(value) if is_tuple else value
     return kind(**fields)

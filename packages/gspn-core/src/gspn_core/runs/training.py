@@ -187,6 +187,7 @@ class LearningRate:
         schedule: its course after the warm-up.
         steps: updates of the run.
         warmup_steps: updates of the warm-up, of which the first is at lr / warmup_steps.
+        first: the update it begins at, of a run in stages.
     """
 
     lr: float
@@ -194,9 +195,11 @@ class LearningRate:
     schedule: LRSchedule
     steps: int
     warmup_steps: int
+    first: int = 0
 
     def at(self, step: int) -> float:
         """Return the learning rate of the update after `step` others."""
+        step -= self.first
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import timm
@@ -38,7 +39,10 @@ def cgspn(pretrained: bool = False, base: str = DEFAULT_BASE, **kwargs: Any) -> 
     convert(model, **conversion)
     model.pretrained_cfg["architecture"] = NAME
     if pretrained and is_folder:
-        load_pretrained(model, model.pretrained_cfg, num_classes=model.num_classes, in_chans=kwargs.get("in_chans", 3))
+        # As timm does for the base: among other things it resamples position embeddings.
+        filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        options = {"num_classes": model.num_classes, "in_chans": kwargs.get("in_chans", 3), "filter_fn": filter_fn}
+        load_pretrained(model, model.pretrained_cfg, **options)
     if not features.get("features_only"):
         return model
     wrapped: Any = FeatureGetterNet(model, out_indices=features.get("out_indices", 3))

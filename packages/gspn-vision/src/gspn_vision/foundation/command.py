@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import card_of, write_model
+from gspn_core.runs.cards import CARD
+
+from ..checkpoint import CONFIG, WEIGHTS, card_of, write_model
 from ..config import ConvertConfig
 from .convert import blocks, mixers
 from .vision import converted, open_model
@@ -17,13 +19,15 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: as `convert`, or as `open_model`.
     """
+    out = Path(config.out)
+    _check_out(out)
     vision = open_model(config)
     before = sum(p.numel() for p in vision.model.parameters())
     vision = converted(vision, config.keep, config.mixer_kwargs)
     replaced = list(mixers(vision.model))
     about = f"Its mixers ({', '.join(replaced) or 'none'}) are random, all other weights those of the model before."
     card = card_of(vision.model, vision.name, "convert", config, about)
-    write_model(Path(config.out), vision.config(), vision.model.state_dict(), card)
+    write_model(out, vision.config(), vision.model.state_dict(), card)
     return {
         "out": config.out,
         "replaced": replaced,
@@ -31,6 +35,20 @@ def run(config: ConvertConfig) -> dict[str, Any]:
         "parameters_before": before,
         "parameters": sum(p.numel() for p in vision.model.parameters()),
     }
+
+
+def _check_out(out: Path) -> None:
+    """Refuse to replace anything but a timm folder.
+
+    Raises:
+        ValueError: it is a file, or a folder that holds something else.
+    """
+    if not out.name or out.is_file():
+        raise ValueError(f"out must name a folder, got {str(out)!r}")
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    others = sorted(held - {CARD, CONFIG, *WEIGHTS.values()})
+    if others:
+        raise ValueError(f"out must be a new folder, or one of a model alone: {str(out)!r} holds {others[0]}")
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -49,14 +50,19 @@ def kept_blocks(keep: Keep, depth: int) -> set[int]:
         if word != "every" or not step.isdecimal() or int(step) < 1:
             raise ValueError(wrong)
         return set(range(int(step) - 1, depth, int(step)))
-    if isinstance(keep, (int, float)):
-        if isinstance(keep, bool) or not 0 <= keep <= 1:
+    if isinstance(keep, numbers.Real):
+        share = float(keep)
+        if isinstance(keep, bool) or not 0 <= share <= 1:
             raise ValueError(wrong)
-        count = round(keep * depth)
+        count = round(share * depth)
         return {round(i * depth / count) - 1 for i in range(1, count + 1)}
-    if not all(isinstance(i, int) and not isinstance(i, bool) and -depth <= i < depth for i in keep):
+    if not isinstance(keep, Iterable) or not all(_is_index(i, depth) for i in keep):
         raise ValueError(wrong)
-    return {i % depth for i in keep}
+    return {int(i) % depth for i in keep}
+
+
+def _is_index(i: object, depth: int) -> bool:
+    return isinstance(i, numbers.Integral) and not isinstance(i, bool) and -depth <= int(i) < depth
 
 
 def convert(
@@ -71,9 +77,9 @@ def convert(
     """Replace the attention of a timm model's blocks by `CompressedPropagation`, in place; return the model.
 
     Any model of one sequence of blocks with attention: ViT, DeiT, DINOv2 and v3, EVA-02, SigLIP and the like. Weights
-    stay what they are but the mixers', which are random, and need distillation; but prefix tokens read by the
-    attention's projections, where queries and keys have no norms. Attention that pools stays. The model
-    compiles, exports, and goes through torch.fx; TorchScript takes its graph of torch.fx, but not the model itself.
+    stay what they are but the mixers', which are random, and need distillation. In them prefix tokens read by the
+    projections of timm's dot-product attention, if its queries and keys have no norms. Attention that pools stays. The
+    model compiles, exports, and goes through torch.fx; TorchScript takes that graph, but not the model itself.
 
     Args:
         model: any such timm model, on any device, in any dtype.
@@ -105,16 +111,47 @@ def convert(
         return model
     changed: Any = model
     recompute = bool(getattr(model, "grad_checkpointing", False))
+    before = type(model), {name: (type(block), block.attn) for name, block in found.items()}
     block: Any
     for name, block in found.items():
         if name in made:
             block.attn = made[name]
         block.__class__ = _with(GridBlock, block)
     changed.__class__ = _with(GridModel, model)
-    changed.patch_embed.register_forward_hook(note_grid)
+    hook = changed.patch_embed.register_forward_hook(note_grid)
+    try:
+        _try(changed)
+    except ValueError:
+        hook.remove()
+        changed.__class__ = before[0]
+        for name, block in found.items():
+            block.__class__, block.attn = before[1][name]
+        raise
     if recompute:
         changed.set_grad_checkpointing()
     return model
+
+
+@torch.no_grad()
+def _try(model: Any) -> None:
+    """Run a converted model on one image, of 0: whether its blocks get the tokens of one grid shows there.
+
+    Raises:
+        ValueError: they do not, as where the class token joins later.
+    """
+    patches, training = model.patch_embed, model.training
+    weight = next(model.patch_embed.parameters())
+    size = getattr(patches, "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    if not getattr(patches, "strict_img_size", True):
+        size = [-(-side // patch) * patch for side, patch in zip(size, patches.patch_size, strict=True)]
+    channels = getattr(getattr(patches, "proj", None), "in_channels", None) or model.pretrained_cfg["input_size"][0]
+    try:
+        model.eval().forward_features(torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        name = type(model).__name__
+        raise ValueError(f"model must give its blocks the tokens of one grid, a {name} does not: {error}") from None
+    finally:
+        model.train(training)
 
 
 def _with(mixin: Any, module: Any) -> Any:
@@ -175,10 +212,12 @@ def _check(model: Any, found: dict[str, nn.Module]) -> None:
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError("model must be converted before it is compiled, got one of torch.compile")
     if type(model).__name__ == "NaFlexVit":
-        raise ValueError("model must have one grid of patches per batch, got a NaFlexVit, which packs images of any")
+        raise ValueError(
+            "model must have one grid of patches per batch, got a NaFlexVit, which packs images of any sizes"
+        )
     if not found or len(found) != len(model.blocks):
         raise ValueError(f"model must be a timm model whose blocks have attention, a {name} has nothing to replace")
     if not callable(getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)):
         raise ValueError(f"model must have a patch embedding that tells its grid, a {name} has none")
     if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
-        raise ValueError("model must keep all patches, since fewer are no grid; set patch_drop_rate=0")
+        raise ValueError("model must keep all patches, since fewer are no grid: its patch_drop_rate must be 0")

@@ -26,7 +26,16 @@ from tqdm import tqdm
 
 from gspn_core.runs import checkpoints
 from gspn_core.runs.cards import Figure, short
-from gspn_core.runs.files import locked, read_tensors, replacing_folder, write_text
+from gspn_core.runs.files import (
+    check_record,
+    damaged,
+    locked,
+    make_folder,
+    read_tensors,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 from gspn_core.runs.logs import Log, last_value
 from gspn_core.runs.options import ImageSize, to_dict, to_yaml, warmup_of
 from gspn_core.runs.order import INIT, Order, seed_all
@@ -46,10 +55,11 @@ from ..config import DistillConfig, TrainConfig
 from ..data import Batch, Samples, Unreadable, batch_loader
 from .convert import mixers
 from .objective import FEATURES, TERMS, Alignment, Distillation, Recorder
-from .pair import grid_of, open_images, open_pair
+from .pair import check_sizes, grid_of, open_images, open_pair
 
 FREE = FREE_TO_CHANGE | {"data_root", "teacher"}  # their content is compared
 ADAPTERS = "adapters.safetensors"
+CURRICULUM = "curriculum.json"  # of a run over several sizes: which, written first
 TABLES = {"train": ["stage", *TERMS, "gradient_norm", "lr", "images_per_second"]}
 
 
@@ -109,6 +119,8 @@ class Distiller:
             raise ValueError(f"resume is 'never' but {self.folder} already holds a run; give another folder as `out`")
         state = checkpoints.read_state(newest, FORMAT) if newest else {}
         if newest:
+            if not {"config", "facts", "step"} <= state.keys():
+                raise damaged(newest / checkpoints.STATE, "it is not of a run of distill")
             check_same_run(self.folder, state["config"] | state["facts"], to_dict(config) | self.facts, FREE)
             check_steps(self.folder, state["step"], config.steps)
             checkpoints.load_weights(self.student.model, read_weights(newest, "model"), newest)
@@ -128,7 +140,7 @@ class Distiller:
         self.step, self.stage = state.get("step", 0), 0
         if newest:
             self._enter(self._stage_of(self.step - 1))
-            if (newest / ADAPTERS).is_file():
+            if self.stage == 2 and self.trained.adapters.state_dict():
                 checkpoints.load_weights(self.trained.adapters, read_tensors(newest / ADAPTERS), newest)
             scaler = self.accelerator.scaler
             checkpoints.unpack(newest, state, self.trained, self.optimizer, self.ema, WEIGHTS["ema"], scaler)
@@ -145,8 +157,8 @@ class Distiller:
         self.stage, first = stage, 0 if stage == 1 else config.align_steps
         steps = config.align_steps if stage == 1 else config.steps - config.align_steps
         lr = config.align_lr if stage == 1 else config.lr
-        self.first, warmup = first, round(warmup_of(config.warmup_steps, steps))
-        self.lr = LearningRate(lr, min(config.min_lr, lr), config.lr_schedule, steps, warmup)
+        warmup = round(warmup_of(config.warmup_steps, steps))
+        self.lr = LearningRate(lr, min(config.min_lr, lr), config.lr_schedule, steps, warmup, first)
         seed_all(INIT, config.seed, stage)
         self.trained: Any = Alignment(student, self.grids[0])
         self.recorder.kinds = ("inputs", "mixed")
@@ -230,7 +242,7 @@ class Distiller:
             self._enter(self._stage_of(self.step))
         config, device = self.config, self.accelerator.device
         report = torch.zeros(len(TERMS) + 1, device=device)
-        self.lr.set(self.optimizer, self.step - self.first)
+        self.lr.set(self.optimizer, self.step)
         for _ in range(config.accumulate):
             batch = next(batches)
             self.unreadable.note(batch.unreadable)
@@ -271,7 +283,7 @@ class Distiller:
                 bar.set_description_str(f"stage {self.stage}")
                 bar.set_postfix_str(f"loss {self.meter.loss:.4f}, {speed:.0f} images/s")
                 if log:
-                    means, lr = self.meter.take(rows), self.lr.at(self.step - 1 - self.first)
+                    means, lr = self.meter.take(rows), self.lr.at(self.step - 1)
                     if main:
                         row = {"stage": self.stage, **means, "lr": lr, "images_per_second": speed}
                         self.log.add("train", self.step, **row)
@@ -361,18 +373,47 @@ def _sized(config: DistillConfig, sizes: list[ImageSize]) -> Iterator[DistillCon
             own |= {"steps": config.steps - config.align_steps}
 
 
+def _check_folder(config: DistillConfig) -> None:
+    """Refuse a folder that holds something else than such a run.
+
+    Raises:
+        ValueError: it is a model, as that of the teacher, or a run of the other kind.
+    """
+    out = Path(config.out)
+    for name, origin in (("teacher", config.teacher), ("start_from", config.start_from)):
+        if origin is not None and Path(origin).exists() and out.exists() and Path(origin).resolve() == out.resolve():
+            raise ValueError(f"out must be another folder than {name}, got {config.out!r} for both")
+    if (out / CONFIG).is_file():
+        raise ValueError(f"out must be a folder of its own, {config.out!r} holds a model")
+    other = out / ("checkpoints" if config.curriculum is not None else CURRICULUM)
+    if other.exists():
+        kind = "without" if config.curriculum is not None else "with"
+        raise ValueError(f"out must be another folder: {config.out!r} holds a run {kind} curriculum")
+
+
+def _run_curriculum(config: DistillConfig, sizes: list[ImageSize]) -> dict[str, Any]:
+    """Distil at one size after the other."""
+    check_sizes(config, sizes)
+    out, state = Path(config.out), PartialState()
+    settings = {"curriculum": [str(size) for size in sizes], "steps": config.steps, "align_steps": config.align_steps}
+    check_record(out / CURRICULUM, settings)
+    for number, sized in enumerate(_sized(config, sizes)):
+        distiller = Distiller(sized)
+        if number == 0 and state.is_main_process:  # all has been checked
+            make_folder(out)
+            write_json(out / CURRICULUM, settings)
+        result = distiller.run()
+    if state.is_main_process:
+        with replacing_folder(out / "model") as temporary:
+            shutil.copytree(result["model"], temporary, dirs_exist_ok=True)
+    state.wait_for_everyone()
+    return {**result, "folder": str(out), "model": str(out / "model")}
+
+
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Distil as configured: a run, or one for each size of a curriculum in `OUT/HEIGHTxWIDTH`; see `Distiller.run`.
 
     Of a curriculum `OUT/model` is the model of the last size, as it is of a single run.
     """
-    if config.curriculum is None:
-        return Distiller(config).run()
-    for sized in _sized(config, config.curriculum):
-        result = Distiller(sized).run()
-    state, last = PartialState(), Path(result["model"])
-    if state.is_main_process:
-        with replacing_folder(Path(config.out) / "model") as temporary:
-            shutil.copytree(last, temporary, dirs_exist_ok=True)
-    state.wait_for_everyone()
-    return {**result, "model": str(Path(config.out) / "model")}
+    _check_folder(config)
+    return Distiller(config).run() if config.curriculum is None else _run_curriculum(config, config.curriculum)

@@ -112,6 +112,9 @@ class CompressedPropagation(nn.Module):
             self.out = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.reset_parameters()
 
+    def set_window_size(self, *_: object, **__: object) -> None:
+        """Do nothing: scans have no window. timm tells the attention of some models their window for another size."""
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise: every projection keeps the variance of its input."""

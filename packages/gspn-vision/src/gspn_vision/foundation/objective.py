@@ -171,31 +171,42 @@ class Distillation(nn.Module):
         self.recorder = Recorder(student, FEATURES) if taps else None
         count, dim = len(blocks(student)), student.embed_dim
         adapted = (count, count - 1) if taps and adapters else (0, 0)  # mixers, blocks
+        # What a mixer drops it cannot learn.
+        self.parts = parts_of(self.prefix_tokens)
+        drops = [getattr(block.attn, "attends", True) is False for block in blocks(student).values()]
+        self.mixer_parts = [self.parts[-1:] if dropped else self.parts for dropped in drops]
         self.adapters = nn.ModuleList(
             nn.ModuleList(Adapter(dim) if n < some else nn.Identity() for n in range(count)) for some in adapted
         )
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that do not decay: timm's choice for the student, such as position embeddings."""
+        names: Any = getattr(self.student, "no_weight_decay", set)
+        return {f"student.{name}" for name in names()}
 
     def forward(self, images: Tensor, record: Record, features: Tensor) -> dict[str, Tensor]:
         """Return the terms of the loss; `features` are the teacher's after its last block, normalised."""
         own = self.student.forward_features(images)
         zero = torch.zeros((), device=own.device)
         if self.recorder is None:
-            loss = self._difference(own, features)
+            loss = self._difference(own, features, self.parts)
             return {"loss": loss, "mixer_loss": zero, "block_loss": loss.detach()}
         taken = self.recorder.take()
-        mixer = self._mean(0, taken.mixed, record.mixed)
-        block = self._mean(1, taken.made, record.made)
+        mixer = self._mean(0, taken.mixed, record.mixed, self.mixer_parts)
+        block = self._mean(1, taken.made, record.made, [self.parts] * len(record.made))
         alpha, beta = self.weights
         return {"loss": alpha * mixer + beta * block, "mixer_loss": mixer.detach(), "block_loss": block.detach()}
 
-    def _mean(self, kind: int, own: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    def _mean(
+        self, kind: int, own: Sequence[Tensor], theirs: Sequence[Tensor], parts: Sequence[Sequence[slice]]
+    ) -> Tensor:
         adapters: Any = self.adapters[kind]
-        pairs = zip(adapters, own, theirs, strict=True)
-        return torch.stack([self._difference(adapter(s), t) for adapter, s, t in pairs]).mean()
+        taps = zip(adapters, own, theirs, parts, strict=True)
+        return torch.stack([self._difference(adapter(s), t, some) for adapter, s, t, some in taps]).mean()
 
-    def _difference(self, own: Tensor, theirs: Tensor) -> Tensor:
+    def _difference(self, own: Tensor, theirs: Tensor, parts: Sequence[slice]) -> Tensor:
         theirs = enlarged(theirs, self.prefix_tokens, *self.grids)
-        return difference(own, theirs, parts_of(self.prefix_tokens), self.kl_weight)
+        return difference(own, theirs, parts, self.kl_weight)
 
 
 class Adapter(nn.Module):

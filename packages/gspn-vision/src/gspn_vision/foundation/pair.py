@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from gspn_core.runs.options import ImageSize
 
 from ..config import DistillConfig
 from ..sources import Source, Unlabelled, open_source
@@ -50,12 +53,32 @@ def open_pair(config: DistillConfig) -> tuple[Vision, Vision]:
         raise ValueError(f"{given[0]} must not be given: {origin} is a converted model and has its own")
     if origin == "start_from" and not mixers(student.model):
         raise ValueError(f"start_from must be a converted model (gspn-vision convert), got {config.start_from!r}")
+    theirs = size if config.teacher_image_size is None else _sides(config.teacher_image_size)
+    if origin == "teacher" and mixers(teacher.model) and theirs == size:
+        raise ValueError(
+            f"teacher must have attention, {config.teacher!r} is a converted model: its student would be a copy of it; "
+            "give it as start_from, or another teacher_image_size"
+        )
     student = resized(student, size)
     if not mixers(student.model):
         student = converted(student, config.keep, config.mixer_kwargs)
-    teacher = resized(teacher, size if config.teacher_image_size is None else _sides(config.teacher_image_size))
+    teacher = resized(teacher, theirs)
     _check(teacher, student, config)
     return teacher, student
+
+
+def check_sizes(config: DistillConfig, sizes: Sequence[ImageSize]) -> None:
+    """Refuse a curriculum with a size that the teacher does not take, before the first is learned.
+
+    Raises:
+        ValueError: there is one.
+    """
+    teacher = open_vision(config.teacher, config.model_kwargs, pretrained=config.pretrained)
+    for size in sizes:
+        try:
+            resized(teacher._replace(model=copy.deepcopy(teacher.model)), _sides(size))
+        except ValueError as error:
+            raise ValueError(f"curriculum: {error}") from None
 
 
 def _sides(size: Any) -> tuple[int, int]:
@@ -64,8 +87,6 @@ def _sides(size: Any) -> tuple[int, int]:
 
 def _check(teacher: Vision, student: Vision, config: DistillConfig) -> None:
     """Refuse a pair whose features cannot be compared."""
-    if not mixers(student.model):
-        raise ValueError(f"keep must leave a block without attention, got {config.keep}")
     about = {
         "blocks": [len(blocks(vision.model)) for vision in (teacher, student)],
         "channels": [vision.model.embed_dim for vision in (teacher, student)],

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from timm.data import resolve_model_data_config
 
+from gspn_core.runs.errors import reason
 from gspn_core.runs.files import read_json
 
 from ..checkpoint import CONFIG, load_model, locate, timm_config
@@ -16,7 +17,7 @@ from ..config import AnyModelOptions
 from ..data import Preprocessing
 from ..models import build_model, set_size
 from .build import CONVERSION, NAME
-from .convert import Keep, convert
+from .convert import Keep, convert, mixers
 
 
 class Vision(NamedTuple):
@@ -35,6 +36,9 @@ class Vision(NamedTuple):
 
 def from_name(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = False) -> Vision:
     """Make a timm model by its name; raises as `build_model`."""
+    for key in ("pretrained", "checkpoint_path"):
+        if key in kwargs:
+            raise ValueError(f"model_kwargs must not hold {key!r}: pretrained is an option, and checkpoint takes files")
     model: Any = build_model(name, kwargs, pretrained=pretrained)
     data = resolve_model_data_config(model)
     channels, *size = data["input_size"]
@@ -88,12 +92,17 @@ def converted(vision: Vision, keep: Keep, mixer_kwargs: Mapping[str, Any]) -> Vi
     """Convert a model in place.
 
     Raises:
-        ValueError: an argument is not of the mixers; or as `convert`.
+        ValueError: an argument is not of the mixers, all blocks would keep their attention, or as `convert`.
     """
     wrong = sorted(set(mixer_kwargs) - set(CONVERSION[1:]))
     if wrong:
         raise ValueError(f"mixer_kwargs must be of {', '.join(CONVERSION[1:])}, got {', '.join(wrong)}")
-    convert(vision.model, keep=keep, **mixer_kwargs)
+    try:
+        convert(vision.model, keep=keep, **mixer_kwargs)
+    except TypeError as error:
+        raise ValueError(f"mixer_kwargs: {reason(error)}") from None
+    if not mixers(vision.model):
+        raise ValueError(f"keep must leave a block without attention, got {keep!r}")
     vision.model.pretrained_cfg["architecture"] = NAME
     kwargs = {**vision.kwargs, "base": vision.name, "keep": keep, **mixer_kwargs}
     return vision._replace(name=NAME, kwargs=kwargs)

@@ -53,17 +53,19 @@ def set_size(model: Any, size: tuple[int, int], own: tuple[int, int]) -> bool:
     Raises:
         ValueError: it takes images of its own size alone, or its patches do not fill images of this one.
     """
+    patches = getattr(model, "patch_embed", None)
+    height, width = getattr(patches, "patch_size", (1, 1))
+    padded = getattr(patches, "dynamic_img_pad", False)
+    if not padded and (size[0] % height or size[1] % width):
+        raise ValueError(f"image_size must be a multiple of the patches of {height}x{width}, got {size[0]}x{size[1]}")
     if size == own or takes_any_size(model):
         return False
     alone = f"image_size must be {own[0]}x{own[1]}, the model's only one, got {size[0]}x{size[1]}"
     if not hasattr(model, "set_input_size"):
         raise ValueError(alone)
-    height, width = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    if size[0] % height or size[1] % width:
-        raise ValueError(f"image_size must be a multiple of the patches of {height}x{width}, got {size[0]}x{size[1]}")
     try:
         model.set_input_size(img_size=size)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{alone}: {reason(error)}") from error
     return True
 
@@ -82,7 +84,7 @@ def build_model(name: str, kwargs: Mapping[str, Any], *, pretrained: bool = Fals
         raise ValueError(f"model_kwargs do not suit {name}: {reason(error)}") from None
     except RuntimeError as error:
         if "No pretrained weights" not in str(error):
-            raise
+            raise ValueError(f"model_kwargs do not suit {name}: {reason(error)}") from None
         raise ValueError(f"pretrained: timm has no weights of {name}; give a file as start_from") from None
     except OSError as error:
         raise FileNotFoundError(f"pretrained: the weights of {name} cannot be had ({reason(error)})") from None
