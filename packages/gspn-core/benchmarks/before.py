@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -243,9 +242,16 @@ def memory_of(name: str, before: Any) -> int:
         parameter.grad = torch.zeros_like(parameter)
     run = step(model, *inputs)
     run = run if before is None else of_before(forward_before(before), run)  # type: ignore[assignment]
-    start = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far; that of getrusage has the parent's
+    start = resident("VmRSS")
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024
+    return resident("VmHWM") - start
+
+
+def resident(name: str) -> int:
+    """Return bytes of this process's resident set (Linux): VmRSS, or VmHWM, its peak."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024  # type: ignore[index]
 
 
 def memory(package: Path) -> list[dict[str, Any]]:
@@ -269,6 +275,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="file of the results, as JSON")
+    parser.add_argument("--only-memory", action="store_true", help="peak memory, and nothing else")
     parser.add_argument("--bench", action="store_true", help="the other shapes of gspn-core bench, and nothing else")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -281,6 +288,8 @@ def main() -> None:
         return
     if args.bench:
         rows = bench_shapes(before, args.rounds)
+    elif args.only_memory:
+        rows = memory(args.before)
     else:
         rows = [*propagation(before, args.rounds), *models(before, args.rounds), *memory(args.before)]
     about = {
