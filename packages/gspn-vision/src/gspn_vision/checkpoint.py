@@ -34,6 +34,7 @@ from .models import checkpoint_filter_fn, set_size
 
 FORMAT = "gspn-vision 2"
 CONFIG = "config.json"
+CURRICULUM = "curriculum.json"  # of a run over several sizes: which, written first
 WEIGHTS = {"model": "model.safetensors", "ema": "ema.safetensors"}
 
 
@@ -99,8 +100,8 @@ def locate(path: str | Path, which: str = "best") -> Path:
         FileNotFoundError: there is none.
     """
     folder = Path(path)
-    if (folder / "model" / CONFIG).is_file() and not (folder / "checkpoints").exists():
-        return folder / "model"  # of a run over several sizes
+    if (folder / CURRICULUM).is_file() and (folder / "model" / CONFIG).is_file():
+        return folder / "model"
     return checkpoints.locate(path, CONFIG, which)
 
 

@@ -50,7 +50,7 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
-from ..checkpoint import CONFIG, FORMAT, WEIGHTS, card_of, hash_weights, read_weights, write_model
+from ..checkpoint import CONFIG, CURRICULUM, FORMAT, WEIGHTS, card_of, hash_weights, read_weights, write_model
 from ..config import DistillConfig, TrainConfig
 from ..data import Batch, Samples, Unreadable, batch_loader
 from .convert import mixers
@@ -59,7 +59,6 @@ from .pair import check_sizes, grid_of, open_images, open_pair
 
 FREE = FREE_TO_CHANGE | {"data_root", "teacher"}  # their content is compared
 ADAPTERS = "adapters.safetensors"
-CURRICULUM = "curriculum.json"  # of a run over several sizes: which, written first
 TABLES = {"train": ["stage", *TERMS, "gradient_norm", "lr", "images_per_second"]}
 
 
