@@ -433,7 +433,7 @@ def test_convert_replaces_nothing_but_timm_folders(tmp_path: Path, capsys: pytes
     (tmp_path / "run.py").write_text("print()")
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     command = ["convert", "--model", "vit_tiny_patch16_224", f"--model-kwargs={json.dumps(SMALL)}", "--out"]
-    for name, message in (("run.py", "out must name a folder"), ("folder", "holds sub")):
+    for name, message in (("run.py", "out must name a folder"), ("folder", "would be replaced and holds sub")):
         assert main([*command, str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "run.py").read_text() == "print()" and (tmp_path / "folder" / "sub").is_dir()

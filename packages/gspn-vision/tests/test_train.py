@@ -227,6 +227,16 @@ def test_bad_runs_write_nothing(tiny_options, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_files_in_the_folder_of_the_model_stay(tiny_options, tmp_path):
+    """The run replaces that folder as a whole, so it must hold nothing else."""
+    own = tmp_path / "run" / "model" / "model.py"
+    own.parent.mkdir(parents=True)
+    own.write_text("class Model: pass")
+    with pytest.raises(ValueError, match=r"would be replaced and holds model\.py"):
+        train(make(TrainConfig, tiny_options))
+    assert own.read_text() == "class Model: pass" and not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_any_timm_model_trains(tiny_options):
     options = {"model": "test_convnext", "model_kwargs": {}, "gradient_checkpointing": True}
     assert train(make(TrainConfig, tiny_options | options))["steps"] == 8

@@ -26,7 +26,15 @@ from tqdm import tqdm
 from gspn_core.runs import checkpoints
 from gspn_core.runs.cards import CARD, Figure, model_card, short
 from gspn_core.runs.errors import explaining_memory
-from gspn_core.runs.files import locked, make_folder, read_tensors, replacing_folder, store_tensors, write_text
+from gspn_core.runs.files import (
+    check_replaceable,
+    locked,
+    make_folder,
+    read_tensors,
+    replacing_folder,
+    store_tensors,
+    write_text,
+)
 from gspn_core.runs.logs import Log, last_value
 from gspn_core.runs.options import to_dict, to_yaml, warmup_of
 from gspn_core.runs.training import (
@@ -77,6 +85,7 @@ class Distiller:
         config = with_start(config)
         self.config, self.folder = config, Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
+        check_replaceable(self.folder / "adapter", (WEIGHTS, CONFIG, CARD))
         self.accelerator = make_accelerator(config.device, config.precision, config.accumulate, tf32=config.tf32)
         world, device = self.accelerator.num_processes, self.accelerator.device
         self.images_per_update = config.batch_size * config.accumulate * world

@@ -36,6 +36,7 @@ FORMAT = "gspn-vision 2"
 CONFIG = "config.json"
 CURRICULUM = "curriculum.json"  # of a run over several sizes: which, written first
 WEIGHTS = {"model": "model.safetensors", "ema": "ema.safetensors"}
+MODEL_FILES = (CARD, CONFIG, WEIGHTS["model"])  # what `write_model` writes
 
 
 def timm_config(

@@ -334,24 +334,33 @@ class AnyModelOptions:
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class ConvertConfig(AnyModelOptions):
-    """Every option of `gspn-vision convert`.
+class MixerOptions:
+    """Which attention is replaced, and by which mixers.
 
     Args:
         keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
         mixer_kwargs: arguments of the mixers, such as {latent: 64}: latent, the channels that are scanned, or a share
             of the model's; weight_groups, groups of them that share scan weights; chunk_size, lines per independent
             chunk; prefix, attend, or drop to leave class and register tokens out
-        out: folder for the converted model
     """
 
     keep: list[int] | float | str = dataclasses.field(default_factory=list)
     mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class ConvertConfig(MixerOptions, AnyModelOptions):
+    """Every option of `gspn-vision convert`.
+
+    Args:
+        out: folder for the converted model
+    """
+
     out: str = "converted"
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class DistillConfig(TrainingOptions):
+class DistillConfig(MixerOptions, TrainingOptions):
     """Every option of `gspn-vision distill`.
 
     Args:
@@ -359,10 +368,6 @@ class DistillConfig(TrainingOptions):
         model_kwargs: constructor arguments of a teacher by name that differ from the model's
         pretrained: load the pretrained weights of a teacher by name
         start_from: converted model to begin with, a run, a checkpoint or a timm folder; null converts the teacher
-        keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
-        mixer_kwargs: arguments of the mixers, such as {latent: 64}: latent, the channels that are scanned, or a share
-            of the model's; weight_groups, groups of them that share scan weights; chunk_size, lines per independent
-            chunk; prefix, attend, or drop to leave class and register tokens out
         data: images, whose labels are not used: a folder of images, or as of train
         data_root: folder that a timm data set is stored in
         split: of the data; null is train, or all images of a folder without splits
@@ -392,8 +397,6 @@ class DistillConfig(TrainingOptions):
     teacher: str
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     pretrained: bool = False
-    keep: list[int] | float | str = dataclasses.field(default_factory=list)
-    mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: str
     data_root: str | None = None
     split: str | None = None

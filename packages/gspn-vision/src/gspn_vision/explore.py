@@ -37,7 +37,7 @@ class Explorer:
         model: with propagation layers, in evaluation mode.
         preprocessing, class_names: of the model.
         title: of figures.
-        folder: where figures are written; of each layer one.
+        folder: where figures are written.
         size: height and width that photographs are resized to; None as of `visualize.heat_maps`.
 
     Raises:

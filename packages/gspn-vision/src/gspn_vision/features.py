@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from gspn_core.runs.errors import reason
 from gspn_core.runs.files import check_record, damaged, locked, make_folder, read_json, write_json, write_tensors
-from gspn_core.runs.training import make_accelerator
+from gspn_core.runs.training import make_accelerator, use_cpu
 
 from .checkpoint import CONFIG, hash_weights
 from .config import FeaturesConfig
@@ -96,7 +96,8 @@ class Extraction:
 
     def __init__(self, config: FeaturesConfig) -> None:
         self.config, self.folder = config, Path(config.out)
-        self.state = PartialState(timeout=timedelta(hours=6))  # processes wait for the slowest
+        # Processes may wait long for the slowest.
+        self.state = PartialState(cpu=use_cpu(config.device), timeout=timedelta(hours=6))
         self.accelerator = make_accelerator(config.device, config.precision)
         self.source = _open(config)
         vision = open_model(config)

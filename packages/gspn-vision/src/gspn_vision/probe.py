@@ -20,7 +20,7 @@ FOLDS = 3  # of the cross-validation
 def _read(folder: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], dict[str, Any]]:
     features, labels, settings = read_features(folder)
     if not settings["labelled"]:
-        raise ValueError(f"{folder} must hold features of images with classes; make them of classes, with --split")
+        raise ValueError(f"{folder} must hold features of images with classes: make them with a split of the data")
     if features.ndim != 2:
         raise ValueError(f"{folder} must hold one vector per image, got maps of {list(features.shape[1:])}")
     return features.float().numpy(), labels.numpy(), settings

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from gspn_core.runs import checkpoints
 from gspn_core.runs.cards import Figure, short
 from gspn_core.runs.errors import reason
-from gspn_core.runs.files import locked, write_text
+from gspn_core.runs.files import check_replaceable, locked, write_text
 from gspn_core.runs.logs import Log
 from gspn_core.runs.options import to_dict, to_yaml, warmup_of
 from gspn_core.runs.order import INIT, STEP, Order, seed_all
@@ -38,7 +38,7 @@ from gspn_core.runs.training import (
 )
 
 from .arguments import model_arguments, preprocessing_of
-from .checkpoint import CONFIG, FORMAT, WEIGHTS, card_of, read_weights, timm_config, write_model
+from .checkpoint import CONFIG, FORMAT, MODEL_FILES, WEIGHTS, card_of, read_weights, timm_config, write_model
 from .config import TrainConfig
 from .data import Batch, Samples, Unreadable, batch_loader, validation_loader
 from .finetune import freeze, start_from, training_mode
@@ -64,6 +64,7 @@ class Trainer:
         self.config = config
         self.folder = config.folder
         self.checkpoints = self.folder / "checkpoints"
+        check_replaceable(self.folder / "model", MODEL_FILES)
         self.accelerator = make_accelerator(config.device, config.precision, config.accumulate, tf32=config.tf32)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if config.deterministic:

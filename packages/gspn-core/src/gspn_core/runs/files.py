@@ -96,6 +96,23 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_replaceable(path: Path, names: Collection[str]) -> None:
+    """Refuse a folder that is to be replaced and holds something else than what a command writes there.
+
+    Args:
+        path: the folder, which need not exist.
+        names: of the files that are written there.
+
+    Raises:
+        ValueError: it is a file, or holds other files.
+    """
+    if not path.name or path.is_file():
+        raise ValueError(f"out must name a folder, got {str(path)!r}")
+    others = sorted({entry.name for entry in path.iterdir()} - set(names)) if path.is_dir() else []
+    if others:
+        raise ValueError(f"out must not lose files: {str(path)!r} would be replaced and holds {others[0]}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gspn_core.runs.cards import CARD
+from gspn_core.runs.files import check_replaceable
 
-from ..checkpoint import CONFIG, WEIGHTS, card_of, write_model
+from ..checkpoint import MODEL_FILES, card_of, write_model
 from ..config import ConvertConfig
 from .convert import blocks, mixers
 from .vision import converted, open_model
@@ -20,7 +20,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: as `convert`, or as `open_model`.
     """
     out = Path(config.out)
-    _check_out(out)
+    check_replaceable(out, MODEL_FILES)
     vision = open_model(config)
     before = sum(p.numel() for p in vision.model.parameters())
     vision = converted(vision, config.keep, config.mixer_kwargs)
@@ -35,20 +35,6 @@ def run(config: ConvertConfig) -> dict[str, Any]:
         "parameters_before": before,
         "parameters": sum(p.numel() for p in vision.model.parameters()),
     }
-
-
-def _check_out(out: Path) -> None:
-    """Refuse to replace anything but a timm folder.
-
-    Raises:
-        ValueError: it is a file, or a folder that holds something else.
-    """
-    if not out.name or out.is_file():
-        raise ValueError(f"out must name a folder, got {str(out)!r}")
-    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    others = sorted(held - {CARD, CONFIG, *WEIGHTS.values()})
-    if others:
-        raise ValueError(f"out must be a new folder, or one of a model alone: {str(out)!r} holds {others[0]}")
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +27,7 @@ from gspn_core.runs import checkpoints
 from gspn_core.runs.cards import Figure, short
 from gspn_core.runs.files import (
     check_record,
+    check_replaceable,
     damaged,
     locked,
     make_folder,
@@ -50,7 +50,17 @@ from gspn_core.runs.training import (
     make_accelerator,
 )
 
-from ..checkpoint import CONFIG, CURRICULUM, FORMAT, WEIGHTS, card_of, hash_weights, read_weights, write_model
+from ..checkpoint import (
+    CONFIG,
+    CURRICULUM,
+    FORMAT,
+    MODEL_FILES,
+    WEIGHTS,
+    card_of,
+    hash_weights,
+    read_weights,
+    write_model,
+)
 from ..config import DistillConfig, TrainConfig
 from ..data import Batch, Samples, Unreadable, batch_loader
 from .convert import mixers
@@ -384,6 +394,7 @@ def _check_folder(config: DistillConfig) -> None:
             raise ValueError(f"out must be another folder than {name}, got {config.out!r} for both")
     if (out / CONFIG).is_file():
         raise ValueError(f"out must be a folder of its own, {config.out!r} holds a model")
+    check_replaceable(out / "model", MODEL_FILES)
     other = out / ("checkpoints" if config.curriculum is not None else CURRICULUM)
     if other.exists():
         kind = "without" if config.curriculum is not None else "with"
@@ -393,19 +404,20 @@ def _check_folder(config: DistillConfig) -> None:
 def _run_curriculum(config: DistillConfig, sizes: list[ImageSize]) -> dict[str, Any]:
     """Distil at one size after the other."""
     check_sizes(config, sizes)
-    out, state = Path(config.out), PartialState()
+    out = Path(config.out)
     settings = {"curriculum": [str(size) for size in sizes], "steps": config.steps, "align_steps": config.align_steps}
     check_record(out / CURRICULUM, settings)
     for number, sized in enumerate(_sized(config, sizes)):
         distiller = Distiller(sized)
-        if number == 0 and state.is_main_process:  # all has been checked
+        main = distiller.accelerator.is_main_process
+        if number == 0 and main:  # all has been checked
             make_folder(out)
             write_json(out / CURRICULUM, settings)
         result = distiller.run()
-    if state.is_main_process:
+    if main:
         with replacing_folder(out / "model") as temporary:
             shutil.copytree(result["model"], temporary, dirs_exist_ok=True)
-    state.wait_for_everyone()
+    distiller.accelerator.wait_for_everyone()
     return {**result, "folder": str(out), "model": str(out / "model")}
 
 
