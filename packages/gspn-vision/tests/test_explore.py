@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from vision_cases import TINY
 
-from gspn_vision.checkpoint import write_model
+from gspn_vision.checkpoint import Loaded, write_model
 from gspn_vision.cli import main
 from gspn_vision.explore import Explorer, page, sample_photograph
-from gspn_vision.foundation.vision import Vision, converted, from_name
+from gspn_vision.foundation.vision import converted, from_name
 from gspn_vision.visualize import heat_maps
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3, "img_size": 32, "patch_size": 4}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def model(kind: str) -> Vision:
+def model(kind: str) -> Loaded:
     torch.manual_seed(0)
     if kind == "gspn2_nano":
         return from_name(kind, {**TINY, "num_classes": 7})

@@ -140,15 +140,20 @@ def read_file(file: str | Path) -> dict[str, Tensor]:
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, and what its folder says of it."""
+    """A timm model, of a folder or made by its name, and what is known of it."""
 
-    model: nn.Module
+    model: Any
     preprocessing: Preprocessing
     class_names: list[str]
     name: str  # in timm
     state: dict[str, Any]  # the checkpoint's JSON values
+    kwargs: dict[str, Any]  # of its constructor
 
-    def resized(self, size: ImageSize | None, crop_pct: float | None = None) -> Loaded:
+    def config(self) -> str:
+        """Return what `config.json` of its timm folder holds."""
+        return timm_config(self.model, self.kwargs, self.class_names, self.preprocessing)
+
+    def resized(self, size: ImageSize | tuple[int, int] | None, crop_pct: float | None = None) -> Loaded:
         """Return the same for another size or crop, as of a test at a larger size than trained at; model in place.
 
         Args:
@@ -158,13 +163,15 @@ class Loaded(NamedTuple):
             ValueError: the model takes images of its own size alone; see `models.set_size`.
         """
         before = self.preprocessing
-        sides = before.size if size is None else (size.height, size.width)
-        set_size(self.model, sides, before.size)
-        return self._replace(preprocessing=dataclasses.replace(before, size=sides).cropped(crop_pct))
+        height, width = before.size if size is None else size
+        changed = set_size(self.model, (height, width), before.size)
+        kwargs = {**self.kwargs, "img_size": [height, width]} if changed else self.kwargs
+        preprocessing = dataclasses.replace(before, size=(height, width)).cropped(crop_pct)
+        return self._replace(preprocessing=preprocessing, kwargs=kwargs)
 
 
 def load_model(path: str | Path, *, which: str = "best", weights: str = "auto") -> Loaded:
-    """Rebuild a model.
+    """Rebuild a model, in evaluation mode.
 
     Args:
         path, which: as in `locate`; or a file of weights beside the `config.json` of their model.
@@ -187,7 +194,8 @@ def load_model(path: str | Path, *, which: str = "best", weights: str = "auto") 
     checkpoints.load_weights(model, read_file(file) if file else read_weights(folder, weights), file or folder)
     names = config.get("label_names") or [str(number) for number in range(config["num_classes"])]
     preprocessing = Preprocessing.from_timm(config["pretrained_cfg"])
-    return Loaded(model.eval(), preprocessing, list(names), config["architecture"], state)
+    kwargs = config.get("model_args") or {}
+    return Loaded(model.eval(), preprocessing, list(names), config["architecture"], state, kwargs)
 
 
 def hash_weights(model: nn.Module) -> str:

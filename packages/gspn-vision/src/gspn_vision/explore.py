@@ -21,7 +21,7 @@ from gspn_core.runs.training import device_of
 
 from .config import ExploreConfig
 from .data import Preprocessing, convert
-from .foundation.vision import open_model, resized
+from .foundation.vision import open_model
 from .predict import open_image
 from .visualize import choose_layer, draw, heat_maps, layers
 
@@ -162,9 +162,7 @@ def run(config: ExploreConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: the model cannot be had, or has no propagation layer.
     """
     _check_port(config.port)
-    vision = open_model(config)
-    if config.image_size is not None:
-        vision = resized(vision, (config.image_size.height, config.image_size.width))
+    vision = open_model(config).resized(config.image_size)
     photograph = sample_photograph() if config.image is None else open_image(config.image)[0]
     with tempfile.TemporaryDirectory() as folder:
         explorer = Explorer(

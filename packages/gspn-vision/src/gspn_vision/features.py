@@ -27,7 +27,7 @@ from gspn_core.runs.training import make_accelerator, use_cpu
 from .checkpoint import CONFIG, hash_weights
 from .config import FeaturesConfig
 from .data import Samples, Unreadable, batch_loader
-from .foundation.vision import open_model, resized
+from .foundation.vision import open_model
 from .sources import Source, Unlabelled, open_source
 
 FORMAT = "gspn-vision features 1"
@@ -100,12 +100,10 @@ class Extraction:
         self.state = PartialState(cpu=use_cpu(config.device), timeout=timedelta(hours=6))
         self.accelerator = make_accelerator(config.device, config.precision)
         self.source = _open(config)
-        vision = open_model(config)
-        if config.image_size is not None:
-            vision = resized(vision, (config.image_size.height, config.image_size.width))
+        vision = open_model(config).resized(config.image_size, config.crop_pct)
         self.model = vision.model.eval().to(self.accelerator.device)
         self.features = pooled(self.model, config.pool)
-        preprocessing = vision.preprocessing.cropped(config.crop_pct)
+        preprocessing = vision.preprocessing
         self.samples = Samples(self.source, preprocessing.transform(), preprocessing.mode)
         self.settings: dict[str, Any] = {
             "format": FORMAT,

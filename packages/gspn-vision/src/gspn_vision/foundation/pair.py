@@ -9,11 +9,12 @@ from typing import Any
 
 from gspn_core.runs.options import ImageSize
 
+from ..checkpoint import Loaded, load_model
 from ..config import DistillConfig
 from ..sources import Source, Unlabelled, open_source
 from .convert import blocks, mixers
 from .grid import Grid
-from .vision import Vision, converted, from_folder, open_vision, resized
+from .vision import converted, open_vision
 
 
 def open_images(data: str, split: str | None, root: str | None) -> Source:
@@ -35,7 +36,7 @@ def open_images(data: str, split: str | None, root: str | None) -> Source:
     return open_source(data, split or "train", root=root)
 
 
-def open_pair(config: DistillConfig) -> tuple[Vision, Vision]:
+def open_pair(config: DistillConfig) -> tuple[Loaded, Loaded]:
     """Return the teacher, and the student: the teacher converted, or the converted model of `start_from`.
 
     Raises:
@@ -43,26 +44,28 @@ def open_pair(config: DistillConfig) -> tuple[Vision, Vision]:
         FileNotFoundError: there is no such model.
     """
     teacher = open_vision(config.teacher, config.model_kwargs, pretrained=config.pretrained)
-    size = teacher.preprocessing.size if config.image_size is None else _sides(config.image_size)
+    height, width = config.image_size or teacher.preprocessing.size
+    size = (height, width)
     given = [name for name in ("keep", "mixer_kwargs") if getattr(config, name)]
     if config.start_from is not None:
-        student, origin = from_folder(config.start_from), "start_from"
+        student, origin = load_model(config.start_from), "start_from"
     else:
         student, origin = teacher._replace(model=copy.deepcopy(teacher.model)), "teacher"
     if mixers(student.model) and given:
         raise ValueError(f"{given[0]} must not be given: {origin} is a converted model and has its own")
     if origin == "start_from" and not mixers(student.model):
         raise ValueError(f"start_from must be a converted model (gspn-vision convert), got {config.start_from!r}")
-    theirs = size if config.teacher_image_size is None else _sides(config.teacher_image_size)
+    height, width = config.teacher_image_size or size
+    theirs = (height, width)
     if origin == "teacher" and mixers(teacher.model) and theirs == size:
         raise ValueError(
             f"teacher must have attention, {config.teacher!r} is a converted model: its student would be a copy of it; "
             "give it as start_from, or another teacher_image_size"
         )
-    student = resized(student, size)
+    student = student.resized(size)
     if not mixers(student.model):
         student = converted(student, config.keep, config.mixer_kwargs)
-    teacher = resized(teacher, theirs)
+    teacher = teacher.resized(theirs)
     _check(teacher, student, config)
     return teacher, student
 
@@ -76,16 +79,12 @@ def check_sizes(config: DistillConfig, sizes: Sequence[ImageSize]) -> None:
     teacher = open_vision(config.teacher, config.model_kwargs, pretrained=config.pretrained)
     for size in sizes:
         try:
-            resized(teacher._replace(model=copy.deepcopy(teacher.model)), _sides(size))
+            teacher._replace(model=copy.deepcopy(teacher.model)).resized(size)
         except ValueError as error:
             raise ValueError(f"curriculum: {error}") from None
 
 
-def _sides(size: Any) -> tuple[int, int]:
-    return size.height, size.width
-
-
-def _check(teacher: Vision, student: Vision, config: DistillConfig) -> None:
+def _check(teacher: Loaded, student: Loaded, config: DistillConfig) -> None:
     """Refuse a pair whose features cannot be compared."""
     about = {
         "blocks": [len(blocks(vision.model)) for vision in (teacher, student)],
