@@ -147,7 +147,6 @@ struct Output {
   Planes<C, A> sums;
   bool first, last;
   Fragment<C, T, C::kElements> raw_u;
-  Fragment<C, A, C::kElements> before;
 
   __device__ __forceinline__ Output(const Params& p, const StripLaunch& l, const Channels<C>& channels,
                                     const Scan& scan, int64_t n)
@@ -162,18 +161,8 @@ struct Output {
     }
     sums = channels.template planes<A>(p, f, scan, n, 0);
   }
-  // Loads only the sums that this strip writes: a neighbouring strip may be writing the rest.
-  __device__ __forceinline__ void load(const Window& w, bool horizontal, const Strips<C>& strips) {
+  __device__ __forceinline__ void load(const Window& w, bool horizontal) {
     if (u) raw_u.load(u, w, horizontal);
-    if (first) return;
-    const int lane = opaque(threadIdx.x & 31);
-    const Planes<C, A> planes = sums.opaque_strides();
-#pragma unroll
-    for (int e = 0; e < C::kElements; ++e) {
-      const Place at = place<C>(horizontal, e * 32 + lane);
-      if (inside<C>(w, at) && strips.owns(at.col))
-        before.v[e] = *planes.at(at.col, w.i0 + at.m, position_of<C>(w, at.col));
-    }
   }
   __device__ __forceinline__ void store(const A* tile, const Window& w, bool horizontal, const Channels<C>& channels,
                                         const Strips<C>& strips) const {
@@ -185,7 +174,7 @@ struct Output {
       const int i = w.i0 + at.m, j = position_of<C>(w, at.col);
       A value = tile[at.m * C::kPitch + at.col];
       if (u) value *= widen(raw_u.v[e]);
-      if (!first) value += before.v[e];
+      if (!first) value += *sums.at(at.col, i, j);
       if (last)
         narrow(value, *y.at(at.col, i, j));
       else
@@ -238,7 +227,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
     weight_loader.put(weights, w, kHorizontal, cw);
     input.put(tile, w, kHorizontal);
     share_barrier<C>();
-    if (job.active) output.load(w, kHorizontal, job.strips);
+    if (job.active) output.load(w, kHorizontal);
     const Window next = window(job, scan, w.i0 + C::K, job.end);
     if (next.i0 < job.end) {  // loads overlap the computation of this tile
       weight_loader.load(next, kHorizontal, cw);
@@ -328,10 +317,10 @@ __global__ void __launch_bounds__(64 * C::CW)
     Planes<C, A> y;
 #pragma unroll
     for (int s = 0; s < C::SEG; ++s) {
-      x.plane[s] = scan_plane<const T>(x_field, scan, 0, 0, s);
-      y.plane[s] = scan_plane<A>(sums_field, scan, 0, 0, s);
+      x.set(s, scan_plane<const T>(x_field, scan, 0, 0, s));
+      y.set(s, scan_plane<A>(sums_field, scan, 0, 0, s));
     }
-    GatedLoader<C> input(x, job.channels.template planes<const T>(p, p.lam, scan, job.n, d));
+    GatedLoader<C, true> input(x, job.channels.template planes<const T>(p, p.lam, scan, job.n, d));
     const Planes<C, const T> u = job.channels.template planes<const T>(p, p.u, scan, job.n, d);
     const Checkpoints<C> checkpoints(p, job.channels, scan, job.n, d);
 

@@ -317,8 +317,9 @@ __device__ __forceinline__ void scan_rows(const FusedWarp<C>& warp, int d, int a
   if (after >= 0) copy_stage<C>(warp, after, stage_of<C>(p, make_scan(p, after).reversed, 0));
 }
 
+// Eight blocks of a multiprocessor leave 255 registers per thread: without that bound ptxas spills to fit twelve.
 template <class C>
-__global__ void __launch_bounds__(32)
+__global__ void __launch_bounds__(32, 8)
     fused_forward(const __grid_constant__ Params p, const __grid_constant__ FusedLaunch l) {
   using T = typename C::T;
   const FusedWarp<C> warp(p, l, l.horizontal[0] >= 0);

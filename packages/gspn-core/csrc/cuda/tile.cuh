@@ -20,7 +20,6 @@ struct Plane {
   int line = 0, position = 0;
 
   __device__ __forceinline__ T* at(int i, int j) const { return data + (i * line + j * position); }
-  __device__ __forceinline__ Plane opaque_strides() const { return {data, opaque(line), opaque(position)}; }
 };
 
 template <class T>
@@ -65,26 +64,30 @@ struct Window {
   int length;
 };
 
-// The planes of a warp's channels; a single one if it has one channel.
+// The planes of a warp's channels, which are of one field and so have the same strides.
 template <class C, class T>
 struct Planes {
-  Plane<T> plane[C::SEG];
+  T* first = nullptr;
+  int64_t apart[C::SEG] = {};  // elements from the first plane: of pointers, the compiler would make an array in memory
+  int line = 0, position = 0;
 
+  // Planes are set in their order.
+  __device__ __forceinline__ void set(int segment, const Plane<T>& plane) {
+    if (segment == 0) first = plane.data, line = plane.line, position = plane.position;
+    apart[segment] = plane.data - first;
+  }
   __device__ __forceinline__ T* at(int col, int i, int j) const {
-    if constexpr (C::SEG == 1) return plane[0].at(i, j);
-    T* p = plane[0].at(i, j);
+    T* p = first + (i * line + j * position);
 #pragma unroll
-    for (int s = 1; s < C::SEG; ++s)
-      if (col / C::kSegment == s) p = plane[s].at(i, j);
+    for (int s = 1; s < C::SEG; ++s) p += apart[s] & -int64_t(col / C::kSegment == s);
     return p;
   }
   __device__ __forceinline__ Planes opaque_strides() const {
-    Planes planes;
-#pragma unroll
-    for (int s = 0; s < C::SEG; ++s) planes.plane[s] = plane[s].opaque_strides();
+    Planes planes = *this;
+    planes.line = opaque(line), planes.position = opaque(position);
     return planes;
   }
-  __device__ __forceinline__ explicit operator bool() const { return plane[0].data != nullptr; }
+  __device__ __forceinline__ explicit operator bool() const { return first != nullptr; }
 };
 
 // The channels of a warp.
@@ -103,7 +106,7 @@ struct Channels {
     if (f.data == nullptr) return planes;
 #pragma unroll
     for (int s = 0; s < C::SEG; ++s)
-      planes.plane[s] = scan_plane<T>(f, scan, n, d, shared_channel(p, f, of_segment(s)), k);
+      planes.set(s, scan_plane<T>(f, scan, n, d, shared_channel(p, f, of_segment(s)), k));
     return planes;
   }
 };
@@ -207,7 +210,8 @@ struct WeightLoader {
 };
 
 // Loads the product of a value and its gate, if there is one: lam x in the forward pass, u dy in the backward pass.
-template <class C>
+// kInShared: the value is in shared memory, and is read only when the product is needed.
+template <class C, bool kInShared = false>
 struct GatedLoader {
   using T = typename C::T;
   using A = typename C::A;
@@ -218,7 +222,7 @@ struct GatedLoader {
       : value(value), gate(gate) {}
 
   __device__ __forceinline__ void load(const Window& w, bool horizontal) {
-    raw_value.load(value, w, horizontal);
+    if (!kInShared) raw_value.load(value, w, horizontal);
     if (gate) raw_gate.load(gate, w, horizontal);
   }
   __device__ __forceinline__ void put(A* tile, const Window& w, bool horizontal) const {
@@ -228,7 +232,10 @@ struct GatedLoader {
       const Place at = place<C>(horizontal, e * 32 + lane);
       if (at.m >= w.count) continue;
       A product = 0;
-      if (inside<C>(w, at)) product = gate ? widen(raw_gate.v[e]) * widen(raw_value.v[e]) : widen(raw_value.v[e]);
+      if (inside<C>(w, at)) {
+        const T own = kInShared ? *value.at(at.col, w.i0 + at.m, position_of<C>(w, at.col)) : raw_value.v[e];
+        product = gate ? widen(raw_gate.v[e]) * widen(own) : widen(own);
+      }
       tile[at.m * C::kPitch + at.col] = product;
     }
   }

@@ -182,7 +182,7 @@ MUTANTS = (
         "gradients: of a first line", "values", "gradients.cuh", "if (!starts_chunk && kStochastic)", "if (kStochastic)"
     ),
     Mutant("logits do not saturate", "values", "step.cuh", "logit < A(kSaturation) ? A(kSaturation) : logit", "logit"),
-    Mutant("sums start anew", "values", "forward.cuh", "if (!first) value += before.v[e];", ""),
+    Mutant("sums start anew", "values", "forward.cuh", "if (!first) value += *sums.at(at.col, i, j);", ""),
     Mutant(
         "halo one short", "values", "tile.cuh", "? index * kUseful - C::K : 0", "? index * (kUseful + 1) - C::K : 0"
     ),
@@ -197,8 +197,8 @@ MUTANTS = (
     Mutant(
         "adjoint loses its own weight", "values", "backward.cuh", "v[q] = b[q] * g[q] + right", "v[q] = g[q] + right"
     ),
-    Mutant("last part left out", "values", "backward.cuh", "part < parts; ++part", "part + 1 < parts; ++part"),
-    Mutant("one channel too few", "values", "backward.cuh", "c < job.warps && !", "c + 1 < job.warps && !"),
+    Mutant("last part left out", "values", "partials.cuh", "part < parts; ++part", "part + 1 < parts; ++part"),
+    Mutant("one channel too few", "values", "backward.cuh", "c < job.warps;", "c + 1 < job.warps;"),
     Mutant(
         "store to a block that has not started",
         "values",
@@ -231,7 +231,7 @@ MUTANTS = (
         "gradient of a first line",
         "values",
         "backward.cuh",
-        "if (p.stochastic && !starts_chunk(p, i))",
+        "if (p.stochastic && !starts)",
         "if (p.stochastic)",
     ),
     Mutant("read past the line", "address", "tile.cuh", "j >= 0 && j < w.length;\n}", "j >= 0 && j <= w.length;\n}"),
@@ -269,8 +269,8 @@ MUTANTS = (
         "states read before they are there",
         "thread",
         "backward.cuh",
-        "adjoint_step<C>(v, weights, tile, m);\n      share_barrier<C>();",
-        "adjoint_step<C>(v, weights, tile, m);",
+        "adjoint_step<C>(v, part.weights, tile, m);\n      share_barrier<C>();",
+        "adjoint_step<C>(v, part.weights, tile, m);",
     ),
 )
 
