@@ -369,7 +369,8 @@ def test_the_command_converts_a_folder_and_a_name(tmp_path: Path, capsys: pytest
         "--checkpoint",
         str(tmp_path / "base"),
         "--keep",
-        "every 3",
+        "every",
+        "3",
         "--mixer-kwargs",
         '{"latent": 12}',
     ]
@@ -382,7 +383,7 @@ def test_the_command_converts_a_folder_and_a_name(tmp_path: Path, capsys: pytest
     assert main(["convert", "--checkpoint", out, "--out", str(tmp_path / "twice")]) == 2
     assert "converted before" in capsys.readouterr().err
     named = tmp_path / "named"
-    assert main(["convert", "--model", "test_vit", "--keep", "[-1]", "--out", str(named), "--json"]) == 0
+    assert main(["convert", "--model", "test_vit", "--keep", "0", "-1", "--out", str(named), "--json"]) == 0
     assert len(mixers(checkpoint.load_model(named).model)) == len(json.loads(capsys.readouterr().out)["replaced"])
 
 
@@ -439,5 +440,5 @@ def test_convert_replaces_nothing_but_timm_folders(tmp_path: Path, capsys: pytes
     assert (tmp_path / "run.py").read_text() == "print()" and (tmp_path / "folder" / "sub").is_dir()
     for _ in range(2):  # a model of before may be replaced
         assert main([*command, str(tmp_path / "new")]) == 0
-    assert main([*command, str(tmp_path / "new"), "--keep", "[0, 1, 2]"]) == 2
+    assert main([*command, str(tmp_path / "new"), "--keep", "0", "1", "2"]) == 2
     assert "keep must leave a block without attention" in capsys.readouterr().err

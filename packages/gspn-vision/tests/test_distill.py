@@ -267,7 +267,7 @@ def test_any_images_serve(options: dict, training_folder: Path, tmp_path: Path) 
 
 def test_begins_with_a_converted_model(options: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = str(tmp_path / "start")
-    assert main(["convert", "--checkpoint", options["teacher"], "--keep", "[0]", "--out", start]) == 0
+    assert main(["convert", "--checkpoint", options["teacher"], "--keep", "0", "--out", start]) == 0
     distiller = Distiller(make(DistillConfig, {**options, "keep": [], "start_from": start}))
     own = distiller.student.model.state_dict()
     assert list(mixers(distiller.student.model)) == ["blocks.1.attn", "blocks.2.attn"]
@@ -281,7 +281,10 @@ def test_begins_with_a_converted_model(options: dict, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"keep": 1.0}, "keep must leave a block"),
+        ({"keep": [1.0]}, "keep must leave a block"),
+        ({"keep": [3]}, r"keep must be indices of 3 blocks, .*, got \[3\]"),
+        ({"keep": ["each", 2]}, "keep must be indices .*, got 'each 2'"),
+        ({"mixer_kwargs": None}, "mixer_kwargs must be a mapping, .* got null"),
         ({"align_steps": 9}, "align_steps must be at most steps"),
         ({"mixer_weight": 0.0, "block_weight": 0.0}, "mixer_weight or block_weight"),
         ({"crop_scale": [1.0, 0.5]}, "crop_scale must be"),
@@ -290,8 +293,8 @@ def test_begins_with_a_converted_model(options: dict, tmp_path: Path, capsys: py
         ({"curriculum": [16, 24], "align_steps": 8}, "align_steps must be less than steps"),
         ({"mixer_kwargs": {"width": 3}}, "mixer_kwargs must be of"),
         ({"pretrained": True}, "pretrained must not be given"),
-        ({"teacher": "resnet18"}, "nothing to replace"),
-        ({"teacher": "vit_tiny"}, "model must be a timm model"),
+        ({"teacher": "resnet18"}, "teacher must be .* nothing to replace"),
+        ({"teacher": "vit_tiny"}, "teacher must be a timm model"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict, tmp_path: Path, changed: dict, message: str) -> None:

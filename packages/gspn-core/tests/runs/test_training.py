@@ -109,6 +109,8 @@ def test_another_run(tmp_path):
     check_same_run(tmp_path, before, {**before, "workers": 2, "new option": 3})
     with pytest.raises(ValueError, match=r"lr must be 1.0 to continue the run in .*, got 2.0; give another folder"):
         check_same_run(tmp_path, before, {**before, "lr": 2.0})
+    with pytest.raises(ValueError, match="holds a run of another command or version, which had lr; give"):
+        check_same_run(tmp_path, before, {"the classes": before["the classes"]})
     with pytest.raises(ValueError, match=r"the classes must be \['a'\] to continue"):
         check_same_run(tmp_path, before, {**before, "the classes": ["b"]})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,14 +339,23 @@ class MixerOptions:
     """Which attention is replaced, and by which mixers.
 
     Args:
-        keep: blocks that keep their attention: indices such as [5, -1], "every 6", or a share such as 0.11
+        keep: blocks that keep their attention: indices, negative ones from the end (--keep 5 -1), every n-th
+            (--keep every 6), or a share of them (--keep 0.11)
         mixer_kwargs: arguments of the mixers, such as {latent: 64}: latent, the channels that are scanned, or a share
             of the model's; weight_groups, groups of them that share scan weights; chunk_size, lines per independent
             chunk; prefix, attend, or drop to leave class and register tokens out
     """
 
-    keep: list[int] | float | str = dataclasses.field(default_factory=list)
+    keep: list[int | float | str] = dataclasses.field(default_factory=list)
     mixer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def kept(self) -> Sequence[Any] | float | str:
+        """Return `keep` as `gspn_vision.convert` takes it: one share, and the words `every 6`, stand in no list."""
+        if self.keep and isinstance(self.keep[0], str):
+            return " ".join(map(str, self.keep))
+        if len(self.keep) == 1 and isinstance(self.keep[0], float):
+            return self.keep[0]
+        return self.keep
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)

@@ -210,7 +210,7 @@ class Samples(Dataset[Sample]):
         else:
             raise UnreadableImageError(f"none of the {len(self)} images can be read; the first: {passed[0]}")
         if training:
-            seed_all(AUGMENT, self.seed, epoch, index)
+            seed_all(AUGMENT, self.seed, epoch, index, accelerators=False)
         return Sample(self.transform(image), target, index, tuple(passed))
 
 

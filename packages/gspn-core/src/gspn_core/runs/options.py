@@ -234,10 +234,9 @@ def parser_of(
             settings["type"], count = _words_of(hints[field.name])
             if count is not None:
                 words = settings.get("default") or ("A", "B", "C")[: count if isinstance(count, int) else 2]
-                settings |= {
-                    "nargs": count,
-                    "help": f"{helps[field.name]} (such as {option} {' '.join(map(str, words))})",
-                }
+                settings["nargs"] = count
+                if f"{option} " not in helps[field.name]:
+                    settings["help"] += f" (such as {option} {' '.join(map(str, words))})"
             elif ImageSize in (hints[field.name], *typing.get_args(hints[field.name])):
                 settings["help"] += f" (such as {option} 224, or height x width: {option} 512x768)"
         parser.add_argument(option, **settings)
@@ -250,6 +249,8 @@ def _build(kind: type[Config], values: Namespace) -> Config:
     fields = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         value, (_, count) = values[field.name], _words_of(hints[field.name])
+        if value is None and typing.get_origin(hints[field.name]) is dict:  # jsonargparse takes it for any mapping
+            raise ValueError(f"{field.name} must be {_KINDS[str(dict)]}, got null")
         if isinstance(count, int) and value is not None and len(value) != count:
             raise ValueError(f"{field.name} must be {count} values, got {value}")
         for number in value if isinstance(value, list) else [value]:
@@ -347,7 +348,8 @@ def _check_lists(kind: type[Any], values: Mapping[str, Any], origin: str) -> Non
     for name, hint in typing.get_type_hints(kind).items():
         value, may_be_null = values.get(name, []), type(None) in typing.get_args(hint)
         if _words_of(hint)[1] is not None and not isinstance(value, list) and not (value is None and may_be_null):
-            raise ValueError(f"{name} must be a list, such as [{value}], got {value!r} in {origin}")
+            example = f", such as [{value}]" if isinstance(value, (int, float, str)) else ""
+            raise ValueError(f"{name} must be a list{example}, got {value!r} in {origin}")
 
 
 def _checked(kind: type[Config], read: Callable[[], Namespace]) -> Config:

@@ -21,10 +21,19 @@ def derive_seed(*counters: int) -> int:
     return int(high) << 32 | int(low)
 
 
-def seed_all(*counters: int) -> None:
-    """Seed the generators of torch, NumPy and Python by `derive_seed`."""
+def seed_all(*counters: int, accelerators: bool = True) -> None:
+    """Seed the generators of torch, NumPy and Python by `derive_seed`.
+
+    Args:
+        counters: of the random numbers.
+        accelerators: torch's for all devices, not for the CPU alone. Before CUDA is in use, torch notes the stack of
+            every such call, which takes as long as decoding a small image.
+    """
     seed = derive_seed(*counters)
-    torch.manual_seed(seed)
+    if accelerators:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

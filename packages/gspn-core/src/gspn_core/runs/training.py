@@ -104,6 +104,11 @@ def check_same_run(
     Raises:
         ValueError: one differs; the message names the first.
     """
+    unknown = [key for key in before if key not in now and key not in free]
+    if unknown:
+        raise ValueError(
+            f"{folder} holds a run of another command or version, which had {unknown[0]}; give another folder as `out`"
+        )
     for key, value in before.items():
         if key not in free and now.get(key) != value:
             raise ValueError(

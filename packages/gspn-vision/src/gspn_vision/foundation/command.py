@@ -23,7 +23,7 @@ def run(config: ConvertConfig) -> dict[str, Any]:
     check_replaceable(out, MODEL_FILES)
     vision = open_model(config)
     before = sum(p.numel() for p in vision.model.parameters())
-    vision = converted(vision, config.keep, config.mixer_kwargs)
+    vision = converted(vision, config.kept(), config.mixer_kwargs)
     replaced = list(mixers(vision.model))
     about = f"Its mixers ({', '.join(replaced) or 'none'}) are random, all other weights those of the model before."
     card = card_of(vision.model, vision.name, "convert", config, about)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ def open_images(data: str, split: str | None, root: str | None) -> Source:
     return open_source(data, split or "train", root=root)
 
 
+@contextmanager
+def _called(option: str) -> Iterator[None]:
+    """Let errors about `model` name the option that it was given by."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"^model(?= must)", option, str(error))) from None
+
+
 def open_pair(config: DistillConfig) -> tuple[Loaded, Loaded]:
     """Return the teacher, and the student: the teacher converted, or the converted model of `start_from`.
 
@@ -43,7 +54,8 @@ def open_pair(config: DistillConfig) -> tuple[Loaded, Loaded]:
         ValueError: a model cannot be converted, or was not where it had to be; the two do not fit each other.
         FileNotFoundError: there is no such model.
     """
-    teacher = open_vision(config.teacher, config.model_kwargs, pretrained=config.pretrained)
+    with _called("teacher"):
+        teacher = open_vision(config.teacher, config.model_kwargs, pretrained=config.pretrained)
     height, width = config.image_size or teacher.preprocessing.size
     size = (height, width)
     given = [name for name in ("keep", "mixer_kwargs") if getattr(config, name)]
@@ -64,7 +76,8 @@ def open_pair(config: DistillConfig) -> tuple[Loaded, Loaded]:
         )
     student = student.resized(size)
     if not mixers(student.model):
-        student = converted(student, config.keep, config.mixer_kwargs)
+        with _called(origin):
+            student = converted(student, config.kept(), config.mixer_kwargs)
     teacher = teacher.resized(theirs)
     _check(teacher, student, config)
     return teacher, student
