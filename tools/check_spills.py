@@ -1,8 +1,9 @@
-"""Check ptxas's report of the CUDA kernels: which spill registers to memory, and by how much.
+"""Check ptxas's report of the CUDA kernels: which spill registers to memory, or keep arrays there.
 
     python tools/check_spills.py BUILD_LOG
 
-reads what a build printed with `-Xptxas -v`, prints a line per kernel, and fails where one spills more than allowed.
+reads what a build printed with `-Xptxas -v`, prints a line per kernel, and fails where one spills more than allowed, or
+has an array in local memory.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ REPORT = re.compile(
 
 @dataclass(frozen=True)
 class Usage:
-    """One kernel on one architecture."""
+    """One kernel on one architecture: registers, and bytes of local memory, of spill stores and of spill loads."""
 
     kernel: str
     registers: int
+    stack: int
     stores: int
     loads: int
+
+    @property
+    def arrays(self) -> int:
+        """Return the bytes of local memory that are no spills: an array with an index that only the device knows."""
+        return max(0, self.stack - self.stores)
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -50,7 +57,7 @@ def demangle(names: list[str]) -> list[str]:
 def read(log: str) -> list[Usage]:
     """Read all reports in a build's output; kernels by their mangled names."""
     return [
-        Usage(match["kernel"], int(match["registers"]), int(match["stores"]), int(match["loads"]))
+        Usage(match["kernel"], *(int(match[name]) for name in ("registers", "stack", "stores", "loads")))
         for match in REPORT.finditer(log)
     ]
 
@@ -77,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         allowed = ALLOWED_OF_DOUBLE if "double" in usage.kernel else ALLOWED_BYTES
         if usage.stores > allowed:
             print(f"spills {usage.stores} bytes, allowed are {allowed}: {usage.kernel}", file=sys.stderr)
+            status = 1
+        if usage.arrays > 0:
+            print(f"has arrays of {usage.arrays} bytes in local memory: {usage.kernel}", file=sys.stderr)
             status = 1
     return status
 
