@@ -73,7 +73,7 @@ struct Job {
 template <class C>
 struct Checkpoints {
   using A = typename C::A;
-  A* data[C::SEG];
+  Pointers<C, A> data;
   int count = 0, interval, length;
 
   __device__ __forceinline__ Checkpoints(const Params& p, const Channels<C>& channels, const Scan& scan, int64_t n,
@@ -83,15 +83,11 @@ struct Checkpoints {
     count = int(checkpoint_lines(p, scan));
 #pragma unroll
     for (int s = 0; s < C::SEG; ++s)
-      data[s] = static_cast<A*>(p.checkpoints) + (n * p.C + channels.of_segment(s)) * checkpoint_offset(p, p.D) +
-                checkpoint_offset(p, d);
+      data.set(s, static_cast<A*>(p.checkpoints) + (n * p.C + channels.of_segment(s)) * checkpoint_offset(p, p.D) +
+                      checkpoint_offset(p, d));
   }
   __device__ __forceinline__ A* at(int line, int col, int j) const {
-    A* p = data[0];
-#pragma unroll
-    for (int s = 1; s < C::SEG; ++s)
-      if (col / C::kSegment == s) p = data[s];
-    return p + int64_t(line / interval - 1) * length + j;
+    return data.of(col) + int64_t(line / interval - 1) * length + j;
   }
   __device__ __forceinline__ bool due(int line) const {
     return count > 0 && line > 0 && line % interval == 0 && line / interval <= count;

@@ -64,30 +64,44 @@ struct Window {
   int length;
 };
 
-// The planes of a warp's channels, which are of one field and so have the same strides.
+// A pointer for each of a warp's channels. Distances and masks, since the compiler would choose among pointers by an
+// array in local memory.
 template <class C, class T>
-struct Planes {
+struct Pointers {
   T* first = nullptr;
-  int64_t apart[C::SEG] = {};  // elements from the first plane: of pointers, the compiler would make an array in memory
-  int line = 0, position = 0;
+  int64_t apart[C::SEG] = {};  // elements from the first
 
-  // Planes are set in their order.
-  __device__ __forceinline__ void set(int segment, const Plane<T>& plane) {
-    if (segment == 0) first = plane.data, line = plane.line, position = plane.position;
-    apart[segment] = plane.data - first;
+  // Pointers are set in their order.
+  __device__ __forceinline__ void set(int segment, T* p) {
+    if (segment == 0) first = p;
+    apart[segment] = p - first;
   }
-  __device__ __forceinline__ T* at(int col, int i, int j) const {
-    T* p = first + (i * line + j * position);
+  // That of the channel which a column of the warp belongs to.
+  __device__ __forceinline__ T* of(int col) const {
+    T* p = first;
 #pragma unroll
     for (int s = 1; s < C::SEG; ++s) p += apart[s] & -int64_t(col / C::kSegment == s);
     return p;
   }
+};
+
+// The planes of a warp's channels, which are of one field and so have the same strides.
+template <class C, class T>
+struct Planes {
+  Pointers<C, T> data;
+  int line = 0, position = 0;
+
+  __device__ __forceinline__ void set(int segment, const Plane<T>& plane) {
+    data.set(segment, plane.data);
+    line = plane.line, position = plane.position;
+  }
+  __device__ __forceinline__ T* at(int col, int i, int j) const { return data.of(col) + (i * line + j * position); }
   __device__ __forceinline__ Planes opaque_strides() const {
     Planes planes = *this;
     planes.line = opaque(line), planes.position = opaque(position);
     return planes;
   }
-  __device__ __forceinline__ explicit operator bool() const { return first != nullptr; }
+  __device__ __forceinline__ explicit operator bool() const { return data.first != nullptr; }
 };
 
 // The channels of a warp.
