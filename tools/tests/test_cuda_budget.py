@@ -57,7 +57,7 @@ def listing(code=LOOP, name=NAME):
 def measured(code=LOOP):
     (kernel,) = cuda_sass.parse(listing(code)).values()
     case = cuda_budget.Case("test", ("strip_forward", "float", (2, 2, 1, 1), (False,)), 20, 0, 400)
-    return case, cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(NAME, 40, 0, 0), {})
+    return case, cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(NAME, 40, 0, 0, 0), {})
 
 
 def test_a_full_tile_is_counted():
@@ -128,7 +128,7 @@ def test_states_are_finite_in_a_fused_kernel():
     name = NAME.replace("13strip", "13fused").replace("Lb0E", "")
     (kernel,) = cuda_sass.parse(listing(FUSED, name)).values()
     case = cuda_budget.Case("test", ("fused_forward", "float", (2, 2, 1, 1), ()), 20, 0, 400, lanes=0.5)
-    row = cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(name, 40, 0, 0), {})
+    row = cuda_budget.measure(case, kernel, cuda_budget.check_spills.Usage(name, 40, 0, 0, 0), {})
     assert row.instructions_per_32 == 9 / 0.5
 
 
@@ -139,7 +139,7 @@ def test_missing_kernels_and_the_json(tmp_path, capsys, monkeypatch):
         cuda_budget, "CASES", (case, replace(case, case="other", kernel=("none", "float", (2, 2, 1, 1), ())))
     )
     monkeypatch.setattr(cuda_budget, "disassemble", lambda *_: {NAME: kernel})
-    monkeypatch.setattr(cuda_budget.check_spills, "read", lambda _: [cuda_budget.check_spills.Usage(NAME, 40, 0, 0)])
+    monkeypatch.setattr(cuda_budget.check_spills, "read", lambda _: [cuda_budget.check_spills.Usage(NAME, 40, 0, 0, 0)])
     (tmp_path / "build.log").write_text("")
     (tmp_path / "kernels_float32.cu.o").write_bytes(b"")
     assert cuda_budget.main([str(tmp_path)]) == 1
@@ -151,7 +151,7 @@ def test_missing_kernels_and_the_json(tmp_path, capsys, monkeypatch):
 def test_other_kernels_are_measured_too(tmp_path, monkeypatch):
     (kernel,) = cuda_sass.parse(listing()).values()
     other, no_scan = NAME.replace("Lb0E", "Lb1E"), NAME.replace("strip_forward", "prepare_them")
-    usages = [cuda_budget.check_spills.Usage(name, 40, 0, 0) for name in (NAME, other, no_scan)]
+    usages = [cuda_budget.check_spills.Usage(name, 40, 0, 0, 0) for name in (NAME, other, no_scan)]
     case, _ = measured()
     monkeypatch.setattr(cuda_budget, "CASES", (case,))
     monkeypatch.setattr(cuda_budget, "disassemble", lambda *_: {usage.kernel: kernel for usage in usages})
