@@ -230,7 +230,7 @@ struct RowAdjoint {
       });
     };
     if (p.dweights.data != nullptr)
-#pragma unroll
+#pragma unroll 1  // for the instruction cache: the loop over pieces is 100 KB long
       for (int k = 0; k < 3; ++k) store_output(p.dweights, plane(p.dweights, d, k), k * Rows::kBytes);
     if (p.dlam.data != nullptr) store_output(p.dlam, plane(p.dlam, d), Memory::lam(p));
     if (p.du.data != nullptr) store_output(p.du, plane(p.du, d), Memory::u(p));
@@ -244,7 +244,7 @@ struct RowAdjoint {
     T* const dx = static_cast<T*>(p.dx.data) + plane(p.dx, 0) + at;
     A* const sums = apart ? static_cast<A*>(l.sums) + (job.n * p.C + c) * (p.H * p.W) + at : reinterpret_cast<A*>(dx);
     const unsigned char* const from = memory + Memory::dx(p) + PieceRows<A>::offset(lane / 4, unit);
-#pragma unroll
+#pragma unroll 4
     for (int e = 0; e < 16; ++e) {
       const int row = lane / 4 + 8 * e, j = j0 + row;
       if (row < own_begin || row >= own_end) continue;
