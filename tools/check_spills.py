@@ -15,9 +15,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Bytes of spill stores of one kernel. Most have none; general kernels spill a few addresses, which costs one access in a
-# hundred instructions. With nvcc 13.0 the most is 24 bytes on sm_90, in resident_forward<float, 1, 8, 1, 4>, and 304 in
-# float64, whose elements take two registers each.
+# Bytes of spill stores of one kernel. Most have none; a few general kernels spill addresses. With nvcc 13.0 the most is
+# 24 bytes on sm_90, in resident_forward<float, 1, 8, 1, 4>, and 304 in float64, whose elements take two registers each.
 ALLOWED_BYTES, ALLOWED_OF_DOUBLE = 32, 320
 
 REPORT = re.compile(

@@ -85,8 +85,8 @@ __device__ __forceinline__ void adjoint_step(typename C::A (&v)[C::P], const Wei
   }
 }
 
-// Where the gradients of the weights go: the tensor, or, as sums p and q (a, b and c of weights that are not normalised),
-// the warp's part of each group.
+// Where the gradients of the weights go: the tensor, or, as sums p and q (a, b and c of weights that are not
+// normalised), the warp's part of each group.
 template <class C>
 struct WeightGradients {
   using T = typename C::T;
@@ -181,9 +181,7 @@ struct StripBackward {
   }
 
   // Of one of the warps that share the strip's weights: s, then g, of a tile.
-  __device__ __forceinline__ A* tile_of(int warp) const {
-    return tiles + (strip * C::CW + warp) * (C::K * C::kPitch);
-  }
+  __device__ __forceinline__ A* tile_of(int warp) const { return tiles + (strip * C::CW + warp) * (C::K * C::kPitch); }
   // Row 0 is the state before the interval, row r + 1 the state after its line r.
   __device__ __forceinline__ A* states_of(int warp) const { return all_states + (strip * C::CW + warp) * states_size; }
 
@@ -267,8 +265,7 @@ struct StripBackward {
       const int i = w.i0 + at.m, j = position_of<C>(w, at.col);
       const bool has_left = j > 0, has_right = j + 1 < w.length, starts = starts_chunk(p, i);
       A sums[3] = {};
-      if (!starts)
-        sum_weights(at.m * C::kPitch + at.col, (i - begin) * C::kPitch + at.col, has_left, has_right, sums);
+      if (!starts) sum_weights(at.m * C::kPitch + at.col, (i - begin) * C::kPitch + at.col, has_left, has_right, sums);
       if (dweights.summed) {
 #pragma unroll
         for (int k = 0; k < 3; ++k)

@@ -1,5 +1,6 @@
-// Backward: sums over the channels that share weights or gates, where several warps contribute to them. Each warp writes
-// its part; kernels that follow add the parts up, in their order, and make the gradients of logits from the sums.
+// Backward: sums over the channels that share weights or gates, where several warps contribute to them. Each warp
+// writes its part; kernels that follow add the parts up, in their order, and make the gradients of logits from the
+// sums.
 #pragma once
 
 #include "forward.cuh"
