@@ -151,7 +151,7 @@ def test_round_trips():
     [
         ({"imag": 1}, "unknown option 'imag'"),
         ({"learning_rate": 1}, "unknown option 'learning_rate', did you mean 'lr'?"),
-        ({"prompts": None}, "prompts must be a list, such as .None., got None"),
+        ({"prompts": None}, "prompts must be a list, got None in the options"),
         ({"mean": 0.5}, r"mean must be a list, such as \[0\.5\], got 0\.5"),
         ({"json": True}, "unknown option 'json'"),
         ({"image_siz": 1}, "unknown option 'image_siz', did you mean 'image_size'?"),
