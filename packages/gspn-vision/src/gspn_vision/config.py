@@ -339,8 +339,8 @@ class MixerOptions:
     """Which attention is replaced, and by which mixers.
 
     Args:
-        keep: blocks that keep their attention: indices, negative ones from the end, such as --keep 5 -1; every n-th, such
-            as --keep every 6; or a share of them, such as --keep 0.11
+        keep: blocks that keep their attention: indices, negative ones from the end, such as --keep 5 -1; every n-th,
+            such as --keep every 6; or a share of them, such as --keep 0.11
         mixer_kwargs: arguments of the mixers, such as {latent: 64}: latent, the channels that are scanned, or a share
             of the model's; weight_groups, groups of them that share scan weights; chunk_size, lines per independent
             chunk; prefix, attend, or drop to leave class and register tokens out
