@@ -165,6 +165,7 @@ def run(config: ExploreConfig) -> dict[str, Any]:
     vision = open_model(config).resized(config.image_size)
     photograph = sample_photograph() if config.image is None else open_image(config.image)[0]
     with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # gradio's own would keep the photographs
         explorer = Explorer(
             vision.model.eval().to(device_of(config.device)),
             vision.preprocessing,
