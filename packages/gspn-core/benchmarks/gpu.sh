@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: gpu.sh [--dry-run] [--budget SECONDS] [--resume FILE] [--help]
+usage: gpu.sh [--dry-run] [--budget SECONDS] [--wheel FILE] [--resume FILE] [--help] [-- OPTION ...]
 
 Builds gspn-core from this checkout, then runs benchmarks/gpu.py: what only hardware shows, the timings of the targets,
 the tests on the GPU (tests/test_cuda.py, in several processes), the other timings, and a profile of five kernels if ncu
@@ -15,7 +15,10 @@ other than 0 if any failed. What the time does not allow is listed as not run; -
   --dry-run          what can be tried without a GPU: compile line_launch.cu if nvcc is there, run gpu.py on the CPU with
                      tiny shapes, make its table and plot; nothing is installed or written to results
   --budget SECONDS   for everything together (default 540)
+  --wheel FILE       install this wheel of gspn-core, which must be of this checkout, instead of building one: it may have
+                     been built on a machine without a GPU, for the Python of this one
   --resume FILE      a JSON that an earlier call on the same machine has written; measures what it lacks
+  -- OPTION ...      what follows goes to gpu.py, such as --stages smoke targets, or --filter NAME
 
 Environment: PYTHON (default python3); OUT, a folder for copies; PIP_USER, PIP_PREFIX or PIP_TARGET for where pip
 installs; GSPN_CUDA_ARCHITECTURES (default: that of the GPU) and whatever else the build reads.
@@ -29,7 +32,9 @@ refuse() {
 
 dry_run=false
 budget=540
+wheel=
 resume=
+options=()
 while (($#)); do
   case $1 in
     --dry-run) dry_run=true ;;
@@ -43,6 +48,17 @@ while (($#)); do
       [[ -f $resume ]] || refuse "--resume takes a file that an earlier call has written, got '$resume'"
       resume=$(realpath "$resume")
       shift
+      ;;
+    --wheel)
+      wheel=${2:-}
+      [[ $wheel == *.whl && -f $wheel ]] || refuse "--wheel takes a wheel of gspn-core, got '$wheel'"
+      wheel=$(realpath "$wheel")
+      shift
+      ;;
+    --)
+      shift
+      options=("$@")
+      break
       ;;
     -h | --help) usage; exit 0 ;;
     *) refuse "unknown option '$1', see --help" ;;
@@ -114,7 +130,8 @@ if $dry_run; then
   done
   # The tests would only say that there is no GPU.
   gpu_py=("$python" "$benchmarks/gpu.py" --device cpu --quick --progress --stages smoke targets rest profile)
-  if step "gpu.py on the CPU" 240 "${gpu_py[@]}" --budget 230 --out "$work/trial.json"; then
+  gpu_py+=(--budget 230 --out "$work/trial.json" ${options[@]+"${options[@]}"})
+  if step "gpu.py on the CPU" 240 "${gpu_py[@]}"; then
     report "$work/trial.json"
     if [[ -n ${OUT:-} ]]; then cp "$work"/trial.* "$OUT/"; fi
   fi
@@ -127,14 +144,17 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 echo "== $gpu"
 
 missing=()
-for module in pip scikit_build_core pybind11 pytest xdist hypothesis; do
+modules=(pip pytest xdist hypothesis)
+tools=()
+[[ -n $wheel ]] || modules+=(scikit_build_core pybind11) tools+=(nvcc cmake)
+for module in "${modules[@]}"; do
   "$python" -c "import $module" 2>/dev/null || missing+=("$module")
 done
-for tool in nvcc cmake; do
+for tool in ${tools[@]+"${tools[@]}"}; do
   command -v "$tool" >/dev/null || { [[ $tool == cmake ]] && "$python" -c 'import cmake' 2>/dev/null; } || missing+=("$tool")
 done
 ((${#missing[@]} == 0)) ||
-  refuse "missing: ${missing[*]}. The build takes no package index; install them for $python first."
+  refuse "missing: ${missing[*]}. No package index is asked; install them for $python first."
 
 export GSPN_CUDA=${GSPN_CUDA:-on}
 if [[ -z ${GSPN_CUDA_ARCHITECTURES:-} ]]; then
@@ -143,7 +163,12 @@ if [[ -z ${GSPN_CUDA_ARCHITECTURES:-} ]]; then
   export GSPN_CUDA_ARCHITECTURES
 fi
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
-step "build" 300 "$python" -m pip install --no-build-isolation --no-deps "$package" || abandon "there is no build"
+if [[ -n $wheel ]]; then
+  step "installation" 60 "$python" -m pip install --no-index --no-deps --force-reinstall "$wheel" ||
+    abandon "the wheel does not install"
+else
+  step "build" 300 "$python" -m pip install --no-build-isolation --no-deps "$package" || abandon "there is no build"
+fi
 # pip does not make Python look where PIP_TARGET and PIP_PREFIX have it install.
 if [[ -n ${PIP_TARGET:-} ]]; then
   export PYTHONPATH=$PIP_TARGET${PYTHONPATH:+:$PYTHONPATH}
@@ -167,7 +192,8 @@ outs=(--out ${OUT:+"$OUT"} "$results") # the tests' log and the profiles go besi
 touch "$work/before"
 reports=15 # for the table and the plot
 gpu_py=("$python" "$benchmarks/gpu.py" --progress --processes 8 --budget $(($(left) - reports)))
-step "checks and benchmark" $(($(left) - reports + 5)) "${gpu_py[@]}" "${outs[@]}" || true
+gpu_py+=("${outs[@]}" ${options[@]+"${options[@]}"})
+step "checks and benchmark" $(($(left) - reports + 5)) "${gpu_py[@]}" || true
 [[ -n $resume && -n ${OUT:-} ]] && cp -p "$resume" "$OUT/"
 written=("$results" ${OUT:+"$OUT"} ${resume:+"$resume"})
 find "${written[@]}" -maxdepth 1 -name '*.json' -newer "$work/before" | sort -u >"$work/written"

@@ -249,6 +249,7 @@ def run_tests(tests: Path, only: str, seconds: float, processes: int, log: Path 
         env = os.environ | {"GSPN_TEST_RESULTS": str(results), "GSPN_TEST_SECONDS": f"{seconds - 3:.0f}"}
         env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
         command = [sys.executable, "-m", "pytest", "-p", "gpu_pytest", "-p", "no:cacheprovider", "-k", only, str(tests)]
+        command += ["-W", "default"]  # versions that are not ours to choose may warn of what is of no concern here
         if processes > 1:
             command += ["-n", str(processes), "--max-worker-restart", "100"]
         status, text = captured(command, seconds, env=env, first=signal.SIGINT)
