@@ -263,6 +263,27 @@ def test_strides(dtype, size, layout):
     check_line_scan([randn(2, 4, *size, dtype=dtype), weights], layout, direction="right_to_left")
 
 
+@pytest.mark.parametrize("groups,lam", [(40, 40), (1, 40), (1, 1), (40, None)])
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (56, 28), (60, 9), (5, 74)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_channels_last(dtype, size, groups, lam):
+    """Kernels of their own, whose lanes are channels, up to 80 positions; output and gradients are channels_last."""
+    inputs = propagate_inputs(2, 40, *size, groups=groups, lam=lam, u=lam, dtype=dtype)
+
+    def last(t):  # x, logits or a gate
+        dim = {4: 1, 6: 2, 5: 2}[t.dim()]
+        return t.movedim(dim, -1).contiguous().movedim(-1, dim)
+
+    check_propagate(inputs, last)
+    check_propagate(inputs, last, chunk_size=5)
+    ours = on_gpu([None if t is None else last(t) for t in inputs], requires_grad=True)
+    y = propagate(*ours)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    leaves = [t for t in ours if t is not None]
+    first = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    assert_same_bits(torch.autograd.grad(y, leaves, torch.ones_like(y)), first)
+
+
 @pytest.mark.parametrize("size", [(20, 17), (6, 200)], ids=str)
 def test_expanded_inputs_and_gradient(size):
     results = []
@@ -275,6 +296,7 @@ def test_expanded_inputs_and_gradient(size):
 
 
 def test_output_is_contiguous_whatever_the_input():
+    """But for images of channels_last with enough channels, see test_channels_last."""
     x = randn(2, 4, 5, 6).cuda().to(memory_format=torch.channels_last)
     assert propagate(x, randn(2, 4, 1, 3, 5, 6).cuda()).is_contiguous()
 

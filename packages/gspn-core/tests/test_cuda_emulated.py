@@ -79,14 +79,19 @@ def test_lines_of_several_strips(emulated, dtype, size, groups, path):
     check_propagate(propagate_inputs(1, 3, *size, groups=groups, lam=1, u=3, dtype=dtype))
 
 
-# Rows of whole vectors, with weights for every channel: vertical scans load straight into registers.
+# Rows of whole vectors, with weights for every channel: vertical scans load straight into registers, by narrow warps, or
+# by wide ones where there are enough of them for the device.
 @pytest.mark.parametrize(
-    "dtype,size,chunk_size,path",
-    covering([torch.float32, torch.bfloat16], [(39, 56), (11, 128), (19, 252)], [None, 7], PATHS[1:]),
+    "dtype,size,chunk_size,path,processors",
+    [
+        *covering([torch.float32, torch.bfloat16], [(39, 56), (11, 128), (19, 252)], [None, 7], PATHS[1:], [132]),
+        *covering([torch.float32, torch.bfloat16], [(39, 56), (11, 128), (19, 252)], [None, 7], PATHS[1:], [0]),
+    ],
     ids=str,
 )
-def test_rows_of_vectors(emulated, dtype, size, chunk_size, path):
+def test_rows_of_vectors(emulated, dtype, size, chunk_size, path, processors):
     emulated.cuda_select_path(path)
+    emulated.emulate_device(9, processors, 227 * 1024)
     height, width = size
     check_propagate(propagate_inputs(2, 3, *size, groups=3, lam=3, u=1, dtype=dtype), chunk_size=chunk_size)
     check_propagate(propagate_inputs(1, 2, *size, groups=2, dtype=dtype), chunk_size=chunk_size)
@@ -260,8 +265,75 @@ def test_only_wanted_gradients(emulated, dtype, wanted, path, shape):
 
 def test_low_rank_is_composed_of_the_kernels(emulated, monkeypatch):
     monkeypatch.setattr(_low_rank, "_has_kernels", lambda x: False)
-    monkeypatch.setattr(_low_rank, "_COMPOSED_ELEMENTS", 20 * 2 * 7 * 9 * 3)
+    monkeypatch.setattr(_low_rank, "_COMPOSED_BYTES", 20 * 2 * 7 * 9 * 3 * 4)
     assert_as_accurate(propagate_low_rank, reference.propagate_low_rank, low_rank_inputs(2, 7, 3, 7, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_rank_on_a_gpu_is_composed_channels_last(emulated, monkeypatch, dtype):
+    monkeypatch.setattr(_backend, "is_on_gpu", lambda t: True)
+    monkeypatch.setattr(_low_rank, "_has_kernels", lambda x: False)
+    monkeypatch.setattr(_low_rank, "_COMPOSED_BYTES_ON_GPU", 20 * 2 * 7 * 9 * 32 * 4)
+    for layout in (channels_last, torch.Tensor.contiguous):
+        inputs = [layout(t) if t.dim() == 4 else t for t in low_rank_inputs(2, 52, 3, 7, 9, dtype=dtype)]
+        assert_as_accurate(propagate_low_rank, reference.propagate_low_rank, inputs)
+
+
+# ---- images of channels_last, whose channels are lanes
+
+
+def lanes_of(t, dim):
+    """Return a tensor with dimension `dim` last in memory."""
+    return t if t is None else t.movedim(dim, -1).contiguous().movedim(-1, dim)
+
+
+@pytest.mark.parametrize(
+    "dtype,size,channels,gates,chunk_size",
+    covering(
+        [torch.float32, torch.bfloat16],
+        [(7, 7), (14, 14), (16, 9), (60, 23), (1, 40), (36, 74), (5, 6)],
+        [(16, 16), (40, 40), (33, 1)],
+        [("C", "C"), (None, None), ("C", None), (1, "C"), (1, 1)],
+        [None, 5, 16],
+    ),
+    ids=str,
+)
+def test_channels_are_lanes(emulated, monkeypatch, dtype, size, channels, gates, chunk_size):
+    monkeypatch.setattr(_backend, "is_on_gpu", lambda t: True)
+    c, groups = channels
+    lam, u = (c if gate == "C" else gate for gate in gates)
+    inputs = propagate_inputs(2, c, *size, d=3, groups=groups, lam=lam, u=u, dtype=dtype)
+    inputs = [lanes_of(t, 1 if t is inputs[0] else 2) for t in inputs]
+    directions = ["bottom_to_top", "left_to_right", "top_to_bottom"]
+    y = propagate(*inputs, directions=directions, chunk_size=chunk_size)
+    assert y.is_contiguous(memory_format=torch.channels_last)  # which no other kernel writes
+    check_propagate(inputs, directions=directions, chunk_size=chunk_size)
+    one = [t if t is None else t[:, :1] for t in inputs[1:]]
+    check_propagate([inputs[0], *one], directions=["right_to_left"], chunk_size=chunk_size)
+    weights = lanes_of(0.5 * randn(2, groups, 3, *size, dtype=dtype), 1)
+    for direction in DIRECTIONS[::2]:
+        gate = None if lam is None else inputs[2][:, 0]
+        check_line_scan([inputs[0], weights, gate], direction=direction, chunk_size=chunk_size)
+
+
+def test_channels_are_lanes_only_where_all_tensors_have_them(emulated, monkeypatch):
+    monkeypatch.setattr(_backend, "is_on_gpu", lambda t: True)
+    inputs = propagate_inputs(1, 16, 9, 8, groups=16, lam=16, u=16)
+    for number in range(4):
+        some = [lanes_of(t, 1 if i == 0 else 2) if i == number else t for i, t in enumerate(inputs)]
+        assert propagate(*some).is_contiguous()
+        check_propagate(some)
+    check_propagate([channels_last(t) for t in propagate_inputs(1, 15, 9, 8, groups=15, lam=15, u=15)])
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_nan_in_lanes_propagates_along_its_cone(emulated, monkeypatch, groups):
+    monkeypatch.setattr(_backend, "is_on_gpu", lambda t: True)
+    inputs = propagate_inputs(1, 16, 9, 14, d=1, groups=groups, lam=16, u=16)
+    inputs[0][0, 3, 2, 7] = float("nan")
+    y = propagate(*(lanes_of(t, 1 if t is inputs[0] else 2) for t in inputs), directions=["top_to_bottom"])
+    cone = torch.tensor([[i >= 2 and abs(j - 7) <= i - 2 for j in range(14)] for i in range(9)])
+    assert torch.equal(y[0, 3].isnan(), cone) and not y[0, 4].isnan().any()
 
 
 # ---- strides

@@ -16,6 +16,10 @@ struct ColumnBackwardMemory {
   }
 };
 
+// Warps of a block at most.
+template <class C>
+constexpr int kColumnBackwardWarps = C::P == kNarrow.P ? kNarrowBackwardWarps : kBackwardWarps;
+
 template <class C>
 size_t column_backward_bytes(const Params& p, int per_block, bool halos) {
   return per_block * (ColumnBackwardMemory<C>::bytes(p) + (halos ? sizeof(typename C::A) * Strips<C>::kBuffer : 0));
@@ -220,7 +224,7 @@ struct ColumnAdjoint {
 };
 
 template <class C, bool kStochastic>
-__global__ void __launch_bounds__(32 * kBackwardWarps)
+__global__ void __launch_bounds__(32 * kColumnBackwardWarps<C>)
     column_backward(const __grid_constant__ Params p, const __grid_constant__ StripLaunch l) {
   const Scan scan = make_scan(p, l.d);
   const Job<C> job(p, l, scan);

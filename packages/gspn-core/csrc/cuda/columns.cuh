@@ -14,6 +14,12 @@ namespace gspn::cuda {
 template <class C>
 constexpr bool kHasColumns = C::CW == 1 && C::SEG == 1 && C::K % C::P == 0 && sizeof(typename C::T) < 8;
 
+// Warps of a block at most.
+template <class C, bool kStochastic>
+constexpr int kColumnWarps = C::P != kNarrow.P ? kForwardWarps
+                             : kStochastic     ? kNarrowStochasticWarps
+                                               : kNarrowForwardWarps;
+
 // Whether every row of a field is a sequence of aligned vectors of P elements of T.
 template <class T, int P>
 bool rows_of_vectors(const Field& f) {
@@ -178,7 +184,7 @@ struct OutputRows {
 
 // Blocks and warps as of strip_forward.
 template <class C, bool kStochastic>
-__global__ void __launch_bounds__(32 * kForwardWarps)
+__global__ void __launch_bounds__(32 * kColumnWarps<C, kStochastic>)
     column_forward(const __grid_constant__ Params p, const __grid_constant__ StripLaunch l) {
   using A = typename C::A;
   constexpr int kRows = Rows<C>::kRows;

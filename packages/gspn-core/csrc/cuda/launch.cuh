@@ -1,6 +1,7 @@
 // Launches for one storage type: plans, template arguments of a cover, workspaces.
 #pragma once
 
+#include "lanes_backward.cuh"
 #include "typed.hpp"
 #include "vectors.cuh"
 
@@ -77,6 +78,7 @@ template <class T>
 size_t Typed<T>::forward_workspace(const Params& p) {
   Cover cover;
   const Limits device = device_limits();
+  if (lanes_fit<LaneConfig<T>>(p, selected_path, kLaneWarps)) return sums_bytes<T>(p, p.y);
   if (fused<T>(p, device)) return 0;
   if (shared_warps<T>(p, device) > 0) return shared_points_bytes<T>(p);
   return resident<T>(p, device, cover) ? 0 : sums_bytes<T>(p, p.y);
@@ -86,6 +88,7 @@ template <class T>
 void Typed<T>::forward(const Params& p, void* workspace, void* raw_stream) {
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   const Limits device = device_limits();
+  if (launch_lanes<T>(p, sums_bytes<T>(p, p.y) > 0 ? workspace : nullptr, stream)) return;
   if (fused<T>(p, device)) return launch_fused<T>(p, stream);
   if (const int warps = shared_warps<T>(p, device)) return launch_shared<T>(p, warps, workspace, stream);
   Cover cover;
@@ -112,7 +115,7 @@ Partials partials_for(const Params& p, const Plan& plan) {
 
 template <class T>
 size_t Typed<T>::backward_workspace(const Params& p) {
-  int64_t most = 0;
+  int64_t most = lane_partials(p).weights;
   const Limits device = device_limits();
   for (int d = 0; d < p.D; ++d) {
     const Partials s = partials_for<T>(p, backward_plan<T>(p, d, device));
@@ -160,6 +163,7 @@ void Typed<T>::backward(const Params& p, void* workspace, void* raw_stream) {
   const size_t sums_size = sums_bytes<T>(p, p.dx);
   void* const sums = sums_size > 0 ? workspace : nullptr;
   auto* const partials = reinterpret_cast<Accumulator<T>*>(static_cast<char*>(workspace) + sums_size);
+  if (launch_lanes_backward<T>(p, device, sums, partials, stream)) return;
   for (int d = 0; d < p.D; ++d)
     if (!launch_vector_backward<T>(p, d, device, sums, stream))
       launch_strip_backward<T>(p, d, device, sums, partials, stream);

@@ -39,6 +39,10 @@ struct Plan {
 constexpr Cover kShort[] = {{1, 8, 1, 4}, {1, 8, 1, 2}, {1, 8, 1, 1}, {2, 8, 1, 1}, {4, 4, 1, 1}};
 // Longer lines are cut into strips that overlap by 2 K positions: 120 of 128 positions are useful at P = 4, K = 4.
 constexpr Cover kLong = {4, 4, 1, 1};
+// The same of narrower warps, of which there are twice as many: 56 of 64 positions are useful. A warp waits for most of
+// its time, so that a multiprocessor with few of them is idle.
+constexpr Cover kNarrow = {2, 4, 1, 1};
+constexpr int kFewWarps = 12;  // of a multiprocessor
 // Fallback without clusters, if one block must hold a line of thousands: 252 of 256 positions are useful.
 constexpr Cover kLongest = {8, 2, 1, 1};
 // float64 has a single, simple configuration.
@@ -53,6 +57,8 @@ constexpr int kVectorLength = 32;
 constexpr int kShared = 8;
 // Twelve warps leave 168 registers per thread, which the forward kernels need; backward kernels need up to 255.
 constexpr int kForwardWarps = 12, kBackwardWarps = 8;
+// Threads of narrow warps need 102 registers at most, 128 if they normalise, 204 in backward kernels.
+constexpr int kNarrowForwardWarps = 20, kNarrowStochasticWarps = 16, kNarrowBackwardWarps = 10;
 // Each channel side by side in a warp needs its own pointers, of which the backward kernels have most.
 constexpr int kForwardSegments = 4, kBackwardSegments = 2;
 constexpr int kMostCluster = 8;  // supported by every device with clusters
@@ -128,6 +134,12 @@ Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int mo
   if (p.dtype != Dtype::kFloat64 && plan_cover(p, d, limits, path, most_warps, kLongest, bytes, plan)) return plan;
   throw std::invalid_argument("gspn_core: lines of " + std::to_string(length) +
                               " positions are longer than the CUDA kernels support on this device");
+}
+
+// Whether a vertical scan has so few warps that narrow ones serve it better.
+inline bool has_few_warps(const Params& p, const Scan& scan, const Limits& limits) {
+  const int64_t strips = fits_one_warp(kLong, scan.length) ? 1 : ceil_div(scan.length, useful(kLong));
+  return p.N * blocks_of(p, kLong) * chunks_of(p, scan) * strips < int64_t(kFewWarps) * limits.multiprocessors;
 }
 
 // Whether all directions may run in shared memory at once. Pays off from two directions on, each of which would

@@ -1,7 +1,8 @@
 // Forward of horizontal scans whose rows are dense and aligned. Asynchronous copies bring a stage, a sector of 32 bytes
-// of each row, to shared memory while the stage before it is computed. A lane reads its four positions from there by
-// vectors along the rows, so that nothing is transposed: element m of a vector is line m. Strips, their exchange and
-// the arithmetic are those of strip_forward, which serves all other layouts.
+// of each row, to shared memory. A lane reads its four positions from there by vectors along the rows, so that nothing
+// is transposed: element m of a vector is line m. A warp has room for one stage: more warps hide the time of copies
+// better than a second stage does. Strips, their exchange and the arithmetic are those of strip_forward, which serves
+// all other layouts.
 #pragma once
 
 #include "columns.cuh"
@@ -18,24 +19,21 @@ struct RowStage {
   static constexpr int kUnit = 16 / int(sizeof(T));  // lines of a unit
   static constexpr int kLines = 2 * kUnit;
   static constexpr int kGroups = kLines / 4;  // of four lines
-  // Stages of a warp. Two hide the time of copies, but in 16 bits, where a stage has twice the lines, more warps
-  // instead of a second stage do so better.
-  static constexpr int kSlots = sizeof(T) == 2 ? 1 : 2;
   // The four rows of a lane are followed by a unit of padding: lanes then read from different banks. Inputs are an odd
   // multiple of 64 bytes apart, see state_offset.
   static constexpr int kInput = 16 * (32 * 9 + 4);
   static constexpr int kX = 3 * kInput, kLam = 4 * kInput;         // behind the weights
-  static constexpr int kExtra = sizeof(T) == 2 ? kInput + 64 : 0;  // room for states, behind the stages of a warp
+  static constexpr int kExtra = sizeof(T) == 2 ? kInput + 64 : 0;  // room for states, behind the stage of a warp
 
   static GSPN_HOST_DEVICE int bytes(const Params& p) {
     return ((p.lam.data == nullptr ? 4 : 5) * kInput + 127) / 128 * 128;
   }
-  static GSPN_HOST_DEVICE int bytes_of_warp(const Params& p) { return kSlots * bytes(p) + kExtra; }
+  static GSPN_HOST_DEVICE int bytes_of_warp(const Params& p) { return bytes(p) + kExtra; }
   static __device__ __forceinline__ int offset(int row, int unit) { return 16 * (row / 4 * 9 + row % 4 * 2 + unit); }
 
   // Where the state of a group's four lines goes, from the start of the stage: to the place of inputs that have been
   // read. A row of 16-bit inputs has two places of 16 bytes for four groups, so that the first group goes to the room
-  // behind the stages, and the third to the place of a weight. Two rows of all four groups are then in different banks.
+  // behind the stage, and the third to the place of a weight. Two rows of all four groups are then in different banks.
   template <bool kReversed>
   static __device__ __forceinline__ int state_offset(int row, int group, int extra) {
     if (sizeof(T) == 4) return kX + offset(row, group);
@@ -255,29 +253,22 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
   const Job<C> job(p, l, scan);
   const RowStrip<C> strip(p, l, job);
   const Checkpoints<C> checkpoints(p, job.channels, scan, job.n, l.d);
-  const int width = int(p.W), warp = int(threadIdx.x) / 32, stage_bytes = Stage::bytes(p);
-  unsigned char* const stages = shared_memory() + warp * Stage::bytes_of_warp(p);
+  const int width = int(p.W), warp = int(threadIdx.x) / 32, extra = Stage::bytes(p);
+  unsigned char* const stage = shared_memory() + warp * Stage::bytes_of_warp(p);
   A* const halos = reinterpret_cast<A*>(shared_memory() + l.per_block * Stage::bytes_of_warp(p));
 
   // Stages in scan order: the number of the one that holds a line, in the order of memory.
   const auto stage_of = [&](int i) { return (kReversed ? width - 1 - i : i) / Stage::kLines; };
   const int after = stage_of(job.end - 1) + (kReversed ? -1 : 1);
-  int number = stage_of(job.begin), due = checkpoints.after(job.begin - 1), parity = 0, slot = 0;
-  strip.copy(stages, number * Stage::kLines, p);
+  int number = stage_of(job.begin), due = checkpoints.after(job.begin - 1), parity = 0;
+  strip.copy(stage, number * Stage::kLines, p);
   commit_copies();
   if (l.cluster > 1) cluster_barrier();  // no block stores to the memory of a neighbour that has not started
   A h[C::P] = {};
 #pragma unroll 1
-  for (int next; number != after; number = next, slot ^= Stage::kSlots - 1) {
+  for (int next; number != after; number = next) {
     next = number + (kReversed ? -1 : 1);
-    unsigned char* const stage = stages + slot * stage_bytes;
-    const int extra = (Stage::kSlots - slot) * stage_bytes;  // from this stage
-    const auto copy_next = [&](unsigned char* to) {
-      if (next != after) strip.copy(to, next * Stage::kLines, p);
-      commit_copies();
-    };
-    if (Stage::kSlots == 2) copy_next(stages + (slot ^ 1) * stage_bytes);
-    wait_for_copies<Stage::kSlots - 1>();
+    wait_for_copies<0>();
     __syncwarp();
 #pragma unroll 1
     for (int turn = 0; turn < Stage::kGroups; ++turn) {
@@ -312,9 +303,9 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
     __syncwarp();
     strip.template store<kStochastic, kReversed>(stage, extra, number * Stage::kLines, width);
     __syncwarp();  // the stage is free for new copies
-    if (Stage::kSlots == 1) copy_next(stage);
+    if (next != after) strip.copy(stage, next * Stage::kLines, p);
+    commit_copies();
   }
-  wait_for_copies<0>();
   if (l.cluster > 1) cluster_barrier();  // no block exits while a neighbour may still write to its memory
 }
 

@@ -23,6 +23,7 @@ struct Config {
   static constexpr int kShare = kElements / CW;  // of a tile of weights, per lane
   static constexpr int kSegment = kWidth / SEG;  // positions of one channel
   static constexpr int kLanes = 32 / SEG;        // lanes of one channel
+  static constexpr bool kSumsWeights = false;    // backward: gives what finish_weights sums over channels
   static_assert(kElements % CW == 0 && (CW == 1 || SEG == 1), "weights are shared by whole warps");
 };
 
@@ -174,16 +175,14 @@ struct LineOf {
 // h'[j] = sum_k w_k[j] h[j+k] + f[j] on the lane's positions. Row-stochastic weights use the difference form,
 // h' = (h + f) + a (h[j-1] - h) + c (h[j+1] - h), which keeps a constant field exactly constant. Beside an
 // infinity it gives NaN, since inf - inf is NaN: there the weighted sum decides. A chunk starts from f alone, whatever
-// the weights. Without positions to its left or right, a lane gets 0 from there.
+// the weights. from_left and from_right are the states beside the lane's positions.
 // kSelects: whether that is chosen for every position, which takes fewer registers than a branch.
-template <class C, bool kSelects = false, class Existence = bool>
-__device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C>& line, bool stochastic,
-                                        bool starts_chunk, Existence left_exists = true,
-                                        Existence right_exists = true) {
+template <class C, bool kSelects = false>
+__device__ __forceinline__ void advance_between(typename C::A (&h)[C::P], const LineOf<C>& line,
+                                                typename C::A from_left, typename C::A from_right, bool stochastic,
+                                                bool starts_chunk) {
   using A = typename C::A;
   constexpr int P = C::P;
-  const A from_left = existing(left_exists, from_lower_lane<C::kLanes>(h[P - 1]));
-  const A from_right = existing(right_exists, from_upper_lane<C::kLanes>(h[0]));
   A next[P];
   const auto left = [&](int q) { return q > 0 ? h[q > 0 ? q - 1 : 0] : from_left; };
   const auto right = [&](int q) { return q < P - 1 ? h[q < P - 1 ? q + 1 : 0] : from_right; };
@@ -217,6 +216,17 @@ __device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C
   }
 #pragma unroll
   for (int q = 0; q < P; ++q) h[q] = kSelects && starts_chunk ? line.f[q] : next[q];
+}
+
+// The same with the states of the lanes beside. Without positions to its left or right, a lane gets 0 from there.
+template <class C, bool kSelects = false, class Existence = bool>
+__device__ __forceinline__ void advance(typename C::A (&h)[C::P], const LineOf<C>& line, bool stochastic,
+                                        bool starts_chunk, Existence left_exists = true,
+                                        Existence right_exists = true) {
+  using A = typename C::A;
+  const A from_left = existing(left_exists, from_lower_lane<C::kLanes>(h[C::P - 1]));
+  const A from_right = existing(right_exists, from_upper_lane<C::kLanes>(h[0]));
+  advance_between<C, kSelects>(h, line, from_left, from_right, stochastic, starts_chunk);
 }
 
 // What a position takes from a line: numerators of the weights of its neighbours, the inverse of the sum of all three,

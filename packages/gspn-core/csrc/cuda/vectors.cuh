@@ -11,6 +11,8 @@ namespace gspn::cuda {
 
 template <class T>
 using LongConfig = Config<T, kLong.P, kLong.K, kLong.CW, kLong.SEG>;
+template <class T>
+using NarrowConfig = Config<T, kNarrow.P, kNarrow.K, kNarrow.CW, kNarrow.SEG>;
 
 inline StripLaunch strip_launch(const Params& p, const Plan& plan, int d, void* sums) {
   StripLaunch l;
@@ -46,46 +48,71 @@ bool launch_rows(const Params& p, int d, const Limits& device, void* sums, cudaS
   return false;
 }
 
-// A vertical scan of rows of vectors. Returns false if the direction is not one.
+// A vertical scan of rows of vectors by warps of a configuration. Returns false if the direction is not one.
+template <class C>
+bool launch_columns_of(const Params& p, int d, const Limits& device, void* sums, cudaStream_t stream) {
+  const auto halos = [](int per_block) { return sizeof(typename C::A) * per_block * Strips<C>::kBuffer; };
+  const auto bytes = [&](const Cover&, int per_block) { return halos(per_block); };
+  constexpr Cover kCover = {C::P, C::K, C::CW, C::SEG};
+  Plan plan;
+  const Scan scan = make_scan(p, d);
+  const int most_warps = p.stochastic ? kColumnWarps<C, true> : kColumnWarps<C, false>;
+  if (!columns_fit<C>(p, scan) || !plan_cover(p, d, device, selected_path, most_warps, kCover, bytes, plan))
+    return false;
+  const StripLaunch l = strip_launch(p, plan, d, sums);
+  launch(p.stochastic ? column_forward<C, true> : column_forward<C, false>, blocks_in_all(p, l), 32 * l.per_block,
+         l.strips > 1 ? halos(l.per_block) : 0, l.cluster, stream, p, l);
+  return true;
+}
 template <class T>
 bool launch_columns(const Params& p, int d, const Limits& device, void* sums, cudaStream_t stream) {
-  using C = LongConfig<T>;
-  if constexpr (kHasColumns<C>) {
-    const auto halos = [](int per_block) { return sizeof(typename C::A) * per_block * Strips<C>::kBuffer; };
-    const auto bytes = [&](const Cover&, int per_block) { return halos(per_block); };
-    Plan plan;
+  if constexpr (kHasColumns<LongConfig<T>>) {
     const Scan scan = make_scan(p, d);
-    if (scan.length < kVectorLength || !columns_fit<C>(p, scan) ||
-        !plan_cover(p, d, device, selected_path, kForwardWarps, kLong, bytes, plan))
-      return false;
-    const StripLaunch l = strip_launch(p, plan, d, sums);
-    launch(p.stochastic ? column_forward<C, true> : column_forward<C, false>, blocks_in_all(p, l), 32 * l.per_block,
-           l.strips > 1 ? halos(l.per_block) : 0, l.cluster, stream, p, l);
-    return true;
+    if (scan.length < kVectorLength) return false;
+    if (has_few_warps(p, scan, device) && launch_columns_of<NarrowConfig<T>>(p, d, device, sums, stream)) return true;
+    return launch_columns_of<LongConfig<T>>(p, d, device, sums, stream);
   }
   return false;
 }
 
-// Scans of rows of vectors, with weights and gates of every channel. Returns false if the direction is not one.
+// The same of the backward pass, with weights and gates of every channel.
+template <class C>
+bool launch_column_backward(const Params& p, int d, const Limits& device, void* sums, cudaStream_t stream) {
+  const auto bytes = [&](const Cover&, int per_block) { return column_backward_bytes<C>(p, per_block, true); };
+  constexpr Cover kCover = {C::P, C::K, C::CW, C::SEG};
+  Plan plan;
+  if (!column_gradients_fit<C>(p, make_scan(p, d)) ||
+      !plan_cover(p, d, device, selected_path, kColumnBackwardWarps<C>, kCover, bytes, plan))
+    return false;
+  const StripLaunch l = strip_launch(p, plan, d, sums);
+  launch(p.stochastic ? column_backward<C, true> : column_backward<C, false>, blocks_in_all(p, l), 32 * l.per_block,
+         column_backward_bytes<C>(p, l.per_block, l.strips > 1), l.cluster, stream, p, l);
+  return true;
+}
+template <class C>
+bool launch_row_backward(const Params& p, int d, const Limits& device, void* sums, cudaStream_t stream) {
+  const auto bytes = [&](const Cover&, int per_block) { return row_backward_bytes<C>(p, per_block, true); };
+  const Scan scan = make_scan(p, d);
+  Plan plan;
+  if (!row_gradients_fit<C>(p, scan) ||
+      !plan_cover(p, d, device, selected_path, kBackwardWarps, kLong, bytes, plan))
+    return false;
+  const StripLaunch l = strip_launch(p, plan, d, sums);
+  const auto kernel = p.stochastic ? (scan.reversed ? row_backward<C, true, true> : row_backward<C, true, false>)
+                                   : (scan.reversed ? row_backward<C, false, true> : row_backward<C, false, false>);
+  launch(kernel, blocks_in_all(p, l), 32 * l.per_block, row_backward_bytes<C>(p, l.per_block, l.strips > 1), l.cluster,
+         stream, p, l);
+  return true;
+}
 template <class T>
 bool launch_vector_backward(const Params& p, int d, const Limits& device, void* sums, cudaStream_t stream) {
-  using C = LongConfig<T>;
-  if constexpr (kHasRows<C>) {
+  if constexpr (kHasRows<LongConfig<T>>) {
     const Scan scan = make_scan(p, d);
-    const bool columns = column_gradients_fit<C>(p, scan), rows = row_gradients_fit<C>(p, scan);
-    if (scan.length < kVectorLength || (!columns && !rows)) return false;
-    const auto bytes_of = [&](int per_block, bool halos) {
-      return columns ? column_backward_bytes<C>(p, per_block, halos) : row_backward_bytes<C>(p, per_block, halos);
-    };
-    const auto bytes = [&](const Cover&, int per_block) { return bytes_of(per_block, true); };
-    Plan plan;
-    if (!plan_cover(p, d, device, selected_path, kBackwardWarps, kLong, bytes, plan)) return false;
-    const StripLaunch l = strip_launch(p, plan, d, sums);
-    const auto kernel = columns        ? (p.stochastic ? column_backward<C, true> : column_backward<C, false>)
-                        : p.stochastic ? (scan.reversed ? row_backward<C, true, true> : row_backward<C, true, false>)
-                                       : (scan.reversed ? row_backward<C, false, true> : row_backward<C, false, false>);
-    launch(kernel, blocks_in_all(p, l), 32 * l.per_block, bytes_of(l.per_block, l.strips > 1), l.cluster, stream, p, l);
-    return true;
+    if (scan.length < kVectorLength) return false;
+    if (has_few_warps(p, scan, device) && launch_column_backward<NarrowConfig<T>>(p, d, device, sums, stream))
+      return true;
+    return launch_column_backward<LongConfig<T>>(p, d, device, sums, stream) ||
+           launch_row_backward<LongConfig<T>>(p, d, device, sums, stream);
   }
   return false;
 }

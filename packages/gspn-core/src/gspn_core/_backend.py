@@ -112,6 +112,71 @@ def _arg(t: Tensor | None) -> _TensorArg | None:
     return None if t is None else (t.data_ptr(), t.shape, t.stride())
 
 
+# ---- layouts, which matter on a GPU: there are kernels for planes whose rows are neighbours in memory, and for images
+# of channels_last, where channels are. Others are served pixel by pixel, which takes longer than a copy.
+
+# From so many channels on, and up to so long lines in the forward and in the backward pass, channels are lanes of a warp;
+# see csrc/cuda/lanes.cuh.
+LANE_CHANNELS, LANE_LENGTH, LANE_LENGTH_BACKWARD = 16, 80, 60
+
+
+def is_on_gpu(t: Tensor) -> bool:
+    """Tell whether the kernels for a GPU serve a tensor; tests of their emulation replace this."""
+    return t.is_cuda
+
+
+def has_lanes(x: Tensor, longest: int) -> bool:
+    """Tell whether there are kernels for an image of channels_last that is as large as x."""
+    if not is_on_gpu(x) or x.dtype == torch.float64:
+        return False
+    _, channels, height, width = x.shape
+    return channels >= LANE_CHANNELS and max(height, width) <= longest
+
+
+def _are_lanes(x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, *, backward: bool) -> bool:
+    """Tell whether such kernels serve a call: channels are neighbours in memory in all its tensors, or shared by all."""
+    if not has_lanes(x, LANE_LENGTH_BACKWARD if backward else LANE_LENGTH) or x.stride(1) != 1:
+        return False
+    others = [(weights, weights.dim() - 4), *((t, t.dim() - 3) for t in (lam, u) if t is not None)]
+    for number, (t, dim) in enumerate(others):
+        if t.shape[dim] == x.shape[1] and t.stride(dim) == 1:
+            continue
+        if t.shape[dim] != 1 or (backward and number > 0):
+            return False
+    return True
+
+
+def _in_rows(t: Tensor | None) -> Tensor | None:
+    """Return a tensor whose pixels of a row are neighbours."""
+    return t if t is None or t.stride(-1) <= 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def empty_output(x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None) -> Tensor:
+    """Return a tensor for y, in the layout that the kernels write."""
+    lanes = _are_lanes(x, weights, lam, u, backward=False)
+    return torch.empty_like(x, memory_format=torch.channels_last if lanes else torch.contiguous_format)
+
+
+def empty_gradients(
+    x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return tensors for the gradients that are wanted, in the layout that the kernels write."""
+    lanes = _are_lanes(x, weights, lam, u, backward=True)
+    gradients: list[Tensor | None] = []
+    for number, (t, want) in enumerate(zip((x, weights, lam, u), wanted, strict=True)):
+        if t is None or not want:
+            gradients.append(None)
+        elif lanes:
+            # In memory (N, H, W, D, 3, C): channels last.
+            planes = t.transpose(-3, -4) if number == 1 else t
+            sizes = (t.shape[0], *t.shape[-2:], *planes.shape[1:-2])
+            gradient = t.new_empty(sizes).movedim((1, 2), (-2, -1))
+            gradients.append(gradient.transpose(-3, -4) if number == 1 else gradient)
+        else:
+            gradients.append(t.new_empty(t.shape))
+    return gradients
+
+
 @lru_cache(maxsize=128)
 def _call(dtype: torch.dtype, stochastic: bool, directions: tuple[int, ...], chunk_size: int, threads: int) -> Any:
     """Return the extension's object of a call's options, cached because every call needs one."""
@@ -123,13 +188,14 @@ def _call(dtype: torch.dtype, stochastic: bool, directions: tuple[int, ...], chu
 class Kernels:
     """Binds the kernels to one call's options, device and dtype. The caller checks the arguments."""
 
-    __slots__ = ("_backward", "_forward", "_launch")
+    __slots__ = ("_backward", "_forward", "_launch", "_on_gpu")
 
     def __init__(self, x: Tensor, stochastic: bool, directions: Sequence[int], chunk_size: int | None) -> None:
         module = extension()
         assert isinstance(module, ModuleType)
         call = _call(x.dtype, stochastic, tuple(directions), chunk_size or 0, torch.get_num_threads())
         self._launch: tuple[Any, ...] = (call,)
+        self._on_gpu = is_on_gpu(x)
         if x.is_cuda:
             self._launch = (_cuda_launch(module, x.device), call)
             self._forward, self._backward = module.cuda_forward, module.cuda_backward
@@ -140,6 +206,8 @@ class Kernels:
         self, x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, y: Tensor, checkpoints: Tensor | None
     ) -> None:
         """Write y, and the checkpoints unless they are None."""
+        if self._on_gpu and not _are_lanes(x, weights, lam, u, backward=False):
+            x, weights, lam, u = (_in_rows(t) for t in (x, weights, lam, u))  # type: ignore[assignment]
         pointer = 0 if checkpoints is None else checkpoints.data_ptr()
         self._forward(*self._launch, _arg(x), _arg(weights), _arg(lam), _arg(u), _arg(y), pointer)
 
@@ -154,6 +222,10 @@ class Kernels:
         gradients: Sequence[Tensor | None],
     ) -> None:
         """Write the gradients of x, weights, lam and u, those that are not None."""
+        if self._on_gpu and _are_lanes(x, weights, lam, u, backward=True):
+            dy = dy if dy.stride(1) == 1 else dy.contiguous(memory_format=torch.channels_last)
+        elif self._on_gpu:
+            dy, x, weights, lam, u = (_in_rows(t) for t in (dy, x, weights, lam, u))  # type: ignore[assignment]
         self._backward(
             *self._launch,
             _arg(dy),

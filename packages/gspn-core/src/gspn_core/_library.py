@@ -57,7 +57,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the checkpoints for `tensors`, which are x, weights (or logits), lam and u."""
     x, weights, lam, u = _checked(stochastic, tensors, directions, chunk_size)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = _backend.empty_output(x, weights, lam, u)
     checkpoints = x.new_empty(0)
     if save_checkpoints:
         size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
@@ -86,7 +86,7 @@ def _backward(
     _check.check_gradient(dy, x, "dy" if stochastic else "dh")
     wanted = [*mask, False][:4]
     _check.check_mask(mask, 4 if stochastic else 3)
-    gradients = [t.new_empty(t.shape) if t is not None and w else None for t, w in zip(tensors, wanted, strict=True)]
+    gradients = _backend.empty_gradients(x, weights, lam, u, wanted)
     if gradients[1] is not None or gradients[3] is not None:
         size = _backend.checkpoint_size(x.shape[2], x.shape[3], directions, chunk_size)
         _check.check_checkpoints(checkpoints, x, size)

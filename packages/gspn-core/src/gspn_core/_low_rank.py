@@ -28,8 +28,8 @@ for _schema in (
 propagate_low_rank = torch.ops.gspn.propagate_low_rank.default
 propagate_low_rank_backward = torch.ops.gspn.propagate_low_rank_backward.default
 
-# Elements of the gates' planes that the composition holds at once.
-_COMPOSED_ELEMENTS = 2**25
+# Bytes of the gates' planes that the composition holds at once: more on a GPU, which scans many channels at a time.
+_COMPOSED_BYTES, _COMPOSED_BYTES_ON_GPU = 2**27, 2**28
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -56,8 +56,11 @@ def _forward(
         kernels = _backend.LowRankKernels(x, directions, chunk_size)
         kernels.forward(x, r, weight, bias, y, checkpoints if save_checkpoints else None)
     else:
+        last = _channels_are_last(x)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        flat = _pixels(r, last)
         for part in _parts(x, weight):
-            planes = _planes(r, weight[:, :, part], bias[:, :, part])
+            planes = _planes(x, flat, weight[:, :, part], bias[:, :, part], last)
             output = _library.propagate(x[:, part], *planes, directions, chunk_size, save_checkpoints)
             y[:, part] = output[0]
             if save_checkpoints:
@@ -102,20 +105,64 @@ def _has_kernels(x: Tensor) -> bool:
 # ---- composed of `propagate`
 
 
+def _channels_are_last(x: Tensor) -> bool:
+    """Tell whether the gates are made channels_last: small images on a GPU are, which has kernels for them."""
+    return _backend.has_lanes(x, _backend.LANE_LENGTH_BACKWARD)
+
+
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Yield parts of the channels whose planes are few enough."""
+    """Yield parts of the channels whose planes are few enough; on a GPU whole warps of channels if it can be."""
     n, channels, h, w = x.shape
-    size = max(1, _COMPOSED_ELEMENTS // max(1, n * weight.shape[0] * 5 * h * w))
+    most = _COMPOSED_BYTES_ON_GPU if _backend.is_on_gpu(x) else _COMPOSED_BYTES
+    size = max(1, most // max(1, n * weight.shape[0] * 5 * h * w * x.element_size()))
+    size = size // 32 * 32 if size >= 32 else size
     return (slice(c, min(c + size, channels)) for c in range(0, channels, size))
 
 
-def _planes(r: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, lam and u, by one matrix product."""
-    (n, rank, h, w), rows = r.shape, weight.shape[:3]
-    matrix = weight.reshape(1, rows.numel(), rank).expand(n, -1, -1)
-    gates = torch.baddbmm(bias.reshape(1, -1, 1), matrix, r.reshape(n, rank, h * w))
-    gates = gates.reshape(n, *rows, h, w)  # (N, D, 5, C, H, W)
-    return gates[:, :, :3].transpose(2, 3), gates[:, :, 3], gates[:, :, 4]
+def _pixels(r: Tensor, last: bool) -> Tensor:
+    """Return r as a matrix of an image's pixels, (N, R, H W), or of all images' with the channels last, (N H W, R)."""
+    return r.movedim(1, -1).flatten(0, 2) if last else r.flatten(2)
+
+
+def _rows(t: Tensor, last: bool) -> Tensor:
+    """Return (D, 5, C, ...) as (5 D C, ...), ordered so that products with it are arguments of `propagate`.
+
+    That is logits (D, C, 3), lam and u (D, C), or logits (D, 3, C) where channels are last.
+    """
+    logits = t[:, :3] if last else t[:, :3].transpose(1, 2)
+    return torch.cat([logits.flatten(0, 2), t[:, 3].flatten(0, 1), t[:, 4].flatten(0, 1)])
+
+
+def _from_rows(rows: Tensor, shape: torch.Size, last: bool) -> Tensor:
+    """Undo `_rows`: return `shape`, (D, 5, C, ...)."""
+    count, _, channels, *rest = shape
+    logits, lam, u = rows.split([3 * count * channels, count * channels, count * channels])
+    gates = [t.reshape(count, 1, channels, *rest) for t in (lam, u)]
+    logits = logits.reshape(count, 3, channels, *rest) if last else logits.reshape(count, channels, 3, *rest).transpose(1, 2)
+    return torch.cat([logits, *gates], dim=1)
+
+
+def _planes(x: Tensor, flat: Tensor, weight: Tensor, bias: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, lam and u, which lie in memory as a product of matrices leaves them; `flat` is of `_pixels`."""
+    n, _, h, w = x.shape
+    count, _, channels = bias.shape
+    matrix, rows, sizes = _rows(weight, last), _rows(bias, last), [3 * count * channels, count * channels, count * channels]
+    if last:
+        logits, lam, u = (t.unflatten(0, (n, h, w)) for t in torch.addmm(rows, flat, matrix.mT).split(sizes, dim=1))
+        logits = logits.unflatten(-1, (count, 3, channels)).permute(0, 3, 5, 4, 1, 2)
+        return logits, *(t.unflatten(-1, (count, channels)).permute(0, 3, 4, 1, 2) for t in (lam, u))
+    gates = torch.baddbmm(rows.view(1, -1, 1), matrix.expand(n, -1, -1), flat)
+    logits, lam, u = gates.split(sizes, dim=1)
+    shape = (n, count, channels)
+    return logits.view(*shape, 3, h, w), lam.view(*shape, h, w), u.view(*shape, h, w)
+
+
+def _product(a: Tensor, b: Tensor, state: torch.dtype) -> Tensor:
+    """Return the product or the batch of products a @ b, summed and given in `state`."""
+    if not a.is_cuda or a.dtype == state:
+        return a.to(state) @ b.to(state)
+    # Reads 16 bits; other devices have no such product.
+    return torch.bmm(a, b, out_dtype=state) if a.dim() == 3 else torch.mm(a, b, out_dtype=state)
 
 
 def _composed_backward(
@@ -129,12 +176,13 @@ def _composed_backward(
     """Write the gradients of x, r, weight and bias, those that are not None."""
     x, r, weight, bias = inputs
     dx, dr, dweight, dbias = gradients
-    state = torch.promote_types(x.dtype, torch.float32)
-    flat = r.to(state).flatten(2)  # (N, R, HW)
-    dr_sum = torch.zeros_like(flat)
+    state, last = torch.promote_types(x.dtype, torch.float32), _channels_are_last(x)
+    layout = torch.channels_last if last else torch.contiguous_format
+    dy, x, flat = dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout), _pixels(r, last)
+    dr_sum = torch.zeros_like(flat, dtype=state)
     gated = any(gradient is not None for gradient in (dr, dweight, dbias))
     for part in _parts(x, weight):
-        planes = _planes(r, weight[:, :, part], bias[:, :, part])
+        planes = _planes(x, flat, weight[:, :, part], bias[:, :, part], last)
         saved = checkpoints[:, part].contiguous() if gated else checkpoints
         dx_part, *parts = _library.propagate_backward(
             dy[:, part], x[:, part], *planes, saved, directions, chunk_size, (dx is not None, gated, gated, gated)
@@ -143,16 +191,26 @@ def _composed_backward(
             dx[:, part] = dx_part
         if not gated:
             continue
-        rows = torch.cat([parts[0].transpose(2, 3), parts[1].unsqueeze(2), parts[2].unsqueeze(2)], 2).to(state)
-        products = rows.flatten(4).flatten(1, 3)  # (N, 5 D C, HW)
+        shape = (*bias.shape[:2], planes[1].shape[2])
+        matrix, sizes = _rows(weight[:, :, part], last), [t.shape[1:-2].numel() for t in parts]
+        if last:  # (N H W, 3 D C), and twice (N H W, D C)
+            rows = [t.movedim((-2, -1), (1, 2)).flatten(0, 2) for t in (parts[0].transpose(2, 3), *parts[1:])]
+            rows = [t.flatten(1) for t in rows]
+        else:  # (N, 3 D C, H W), and twice (N, D C, H W)
+            rows = [t.flatten(1, -3).flatten(2) for t in parts]
         if dr is not None:
-            dr_sum += weight[:, :, part].to(state).flatten(0, 2).mT @ products
+            for m, t in zip(matrix.split(sizes), rows, strict=True):
+                dr_sum += _product(t, m, state) if last else _product(m.mT.expand(len(t), -1, -1), t, state)
         if dweight is not None:
-            dweight[:, :, part] = (products @ flat.mT).sum(0).reshape(*rows.shape[1:4], r.shape[1]).to(x.dtype)
+            products = [_product(t.mT, flat, state) if last else _product(t, flat.mT, state).sum(0) for t in rows]
+            dweight[:, :, part] = _from_rows(torch.cat(products), torch.Size((*shape, r.shape[1])), last).to(x.dtype)
         if dbias is not None:
-            dbias[:, :, part] = rows.sum((0, 4, 5)).to(x.dtype)
-    if dr is not None:
-        dr.copy_(dr_sum.reshape(r.shape))
+            sums = torch.cat([t.sum(0 if last else (0, 2), dtype=state) for t in rows])
+            dbias[:, :, part] = _from_rows(sums, torch.Size(shape), last).to(x.dtype)
+    if dr is not None and last:
+        dr.copy_(dr_sum.unflatten(0, (r.shape[0], *r.shape[2:])).movedim(-1, 1))
+    elif dr is not None:
+        dr.copy_(dr_sum.view(r.shape))
 
 
 # ---- autograd, autocast, vmap
