@@ -73,6 +73,7 @@ class ScanCase(GpuCase):
     u_channels: int | None
     directions: tuple[str, ...] = DIRECTIONS
     op: str = "propagate"
+    channels_last: bool = False
 
     def sizes(self) -> list[tuple[int, ...] | None]:
         """Return the shapes of x, the weights (or logits), lam and u."""
@@ -106,12 +107,17 @@ class ScanCase(GpuCase):
         inputs = [None if size is None else lab.randn(*size, dtype=self.dtype, seed=i) for i, size in enumerate(sizes)]
         if self.op != "propagate":  # weights that sum to less than one, so that the state stays bounded
             inputs[1].uniform_(0, 1 / 3, generator=torch.Generator(lab.device).manual_seed(9))
+        if self.channels_last:
+            for number, t in enumerate(inputs):
+                if t is not None:
+                    dim = t.dim() - (4 if number == 1 else 3)
+                    inputs[number] = t.movedim(dim, -1).contiguous().movedim(-1, dim)
         return self.function(self.op), inputs, []
 
     def small(self) -> ScanCase:
         """Return the same call on a small image."""
         n, c, h, w = self.shape
-        few = min(c, 4)
+        few = min(c, 16 if self.channels_last else 4)
         counts = {name: getattr(self, name) for name in ("weight_groups", "lam_channels", "u_channels")}
         channels = {name: few if count not in (None, 1) else count for name, count in counts.items()}
         return replace(self, shape=(min(n, 2), few, min(h, 200), min(w, 200)), **channels)
@@ -238,6 +244,7 @@ SHAPES = (
     *((56, 56, 128, 2), (28, 28, 128, 16), (14, 14, 128, 64), (7, 7, 128, 64), (74, 74, 32, 64), (147, 147, 32, 64)),
     *((16, 16, 32, 1200), (16, 16, 256, 1200), (1024, 512, 2, 160), (2048, 1024, 2, 160), (1024, 1024, 16, 8)),
 )
+LAST = ((56, 56, 64, 96), (28, 28, 64, 192), (14, 14, 64, 384), (7, 7, 64, 768))  # as a hierarchical backbone has them
 # GSPN-2's table of bandwidths on an A100, (H, W, N, C) and GB/s of GSPN-1 and GSPN-2. It names neither direction nor
 # dtype; here they are those of its other benchmark: one direction, float32, weights for every channel.
 GSPN2_TABLE = (
@@ -317,6 +324,12 @@ def make_cases(*, quick: bool) -> list[Case]:
                 sizes = {"batch": 2, "tokens": 56, "channels": 2 * 1152 // heads, "heads": 2}
             about = {"name": f"{name} {side}x{side}", "kind": kind, "op": ATTENTION_OPS[kind]}
             cases.append(AttentionCase(group=group, **about, **sizes))
+
+    for hwnc in (SHAPES[6], *LAST):
+        scan("channels last", f"{LABEL.format(*hwnc)} bf16 G=C'=C", hwnc, BF16, per_channel=True, channels_last=True)
+    for hwnc in (SHAPES[4], (64, 64, 2, 640)):
+        name, options = f"{LABEL.format(*hwnc)} bf16 G=1 C'=C", {"gates_per_channel": True}
+        scan("channels last", name, hwnc, BF16, channels_last=True, **options)
 
     for hwnc, first, second in GSPN2_TABLE:
         published = {"GSPN-1": first * 1e9, "GSPN-2": second * 1e9, **SOURCE}

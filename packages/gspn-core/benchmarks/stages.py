@@ -100,6 +100,9 @@ class Run:
         record["rows"] = [row for row in record["rows"] if (row["group"], row["case"]) in wanted]
         if self.args.resume:
             record = self.resumed(record)
+        for row in record["rows"]:
+            if row["status"] == "not run" and stage_of(row["group"]) not in self.stages:
+                row["reason"] = f"stage {stage_of(row['group'])!r} was not asked for"
         self.record = {"accuracy": {}, "profile": {}, "stages": []} | record
         self.files = [runner.new_file(out, record) for out in self.args.out or ()]
         self.write()
@@ -144,7 +147,7 @@ class Run:
         """Run the cases of a stage; those that earlier ones had no time for belong to the rest, too."""
         state = "finished"
         for case in self.cases:
-            own = case.group if case.group in ("smoke", "targets") else "rest"
+            own = stage_of(case.group)
             rows = {r["pass"]: r for r in self.record["rows"] if (r["group"], r["case"]) == (case.group, case.name)}
             left_over = stage == "rest" and any((row["reason"] or "").startswith(NO_TIME) for row in rows.values())
             if (own != stage and not left_over) or all(row["status"] in SETTLED for row in rows.values()):
@@ -230,6 +233,11 @@ class Run:
             self.record["profile"][name] = ncu_figures(text) or {"failed": f"status {status}: {last[:200]}"}
             self.write()
         return "finished"
+
+
+def stage_of(group: str) -> str:
+    """Return the stage that runs a group of cases."""
+    return group if group in ("smoke", "targets") else "rest"
 
 
 def shape_of(row: dict[str, Any]) -> Shape:

@@ -263,7 +263,7 @@ def test_strides(dtype, size, layout):
     check_line_scan([randn(2, 4, *size, dtype=dtype), weights], layout, direction="right_to_left")
 
 
-@pytest.mark.parametrize("groups,lam", [(40, 40), (1, 40), (1, 1), (40, None)])
+@pytest.mark.parametrize("groups,lam", [(40, 40), (1, 40), (40, None)])
 @pytest.mark.parametrize("size", [(7, 7), (14, 14), (56, 28), (60, 9), (5, 74)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_channels_last(dtype, size, groups, lam):

@@ -79,8 +79,8 @@ def test_lines_of_several_strips(emulated, dtype, size, groups, path):
     check_propagate(propagate_inputs(1, 3, *size, groups=groups, lam=1, u=3, dtype=dtype))
 
 
-# Rows of whole vectors, with weights for every channel: vertical scans load straight into registers, by narrow warps, or
-# by wide ones where there are enough of them for the device.
+# Rows of whole vectors, with weights for every channel: vertical scans load straight into registers, by narrow warps,
+# or by wide ones where there are enough of them for the device.
 @pytest.mark.parametrize(
     "dtype,size,chunk_size,path,processors",
     [
@@ -292,8 +292,8 @@ def lanes_of(t, dim):
     covering(
         [torch.float32, torch.bfloat16],
         [(7, 7), (14, 14), (16, 9), (60, 23), (1, 40), (36, 74), (5, 6)],
-        [(16, 16), (40, 40), (33, 1)],
-        [("C", "C"), (None, None), ("C", None), (1, "C"), (1, 1)],
+        [(16, 16), (40, 40), (72, 1)],
+        [("C", "C"), (None, None), ("C", None), (None, "C")],
         [None, 5, 16],
     ),
     ids=str,
@@ -323,7 +323,20 @@ def test_channels_are_lanes_only_where_all_tensors_have_them(emulated, monkeypat
         some = [lanes_of(t, 1 if i == 0 else 2) if i == number else t for i, t in enumerate(inputs)]
         assert propagate(*some).is_contiguous()
         check_propagate(some)
-    check_propagate([channels_last(t) for t in propagate_inputs(1, 15, 9, 8, groups=15, lam=15, u=15)])
+    for c in (15, 20):  # too few, not in units
+        check_propagate([channels_last(t) for t in propagate_inputs(1, c, 9, 8, groups=c, lam=c, u=c)])
+    gates = propagate_inputs(1, 16, 9, 8, groups=1, lam=1, u=1)
+    assert propagate(*(lanes_of(t, 1 if t is gates[0] else 2) for t in gates)).is_contiguous()
+
+
+def test_lanes_out_of_a_wider_tensor_need_not_be_aligned(emulated, monkeypatch):
+    """As the gates of a module, which a convolution has made of one tensor."""
+    monkeypatch.setattr(_backend, "is_on_gpu", lambda t: True)
+    x, logits, _, _ = propagate_inputs(2, 16, 9, 8)
+    wide = lanes_of(randn(2, 12 + 4 * 16, 9, 8), 1)
+    lam = wide[:, 12:].unflatten(1, (4, 16))
+    assert propagate(lanes_of(x, 1), logits, lam).is_contiguous(memory_format=torch.channels_last)
+    check_propagate([lanes_of(x, 1), logits, lam, lanes_of(randn(2, 4, 16, 9, 8, seed=7), 2)])
 
 
 @pytest.mark.parametrize("groups", [1, 16])

@@ -1,32 +1,32 @@
-// Forward of images whose channels are neighbours in memory (channels_last): a lane is a channel, so that every access
-// is to neighbours, whatever the direction and the length of a line. A warp has a few positions of a line, which a lane
-// computes one after another; the warps of a line exchange the states at their edges through shared memory. The inputs
-// of a line are loaded while the line before is computed.
+// Images whose channels are neighbours in memory (channels_last): a lane is a channel, so that every access is to
+// neighbours, whatever the direction and the length of a line. A warp has a few positions of a line, which a lane
+// computes one after another; the warps of a line exchange the states at their edges through shared memory.
 #pragma once
 
 #include "forward.cuh"
 
 namespace gspn::cuda {
 
-constexpr int kLaneWarps = 16;     // of a line at most: 128 registers remain for a thread
 constexpr int kLaneChannels = 16;  // with fewer, most lanes would be idle
 
+// Whether every channel has planes of its own, and the channels of a pixel are neighbours, in units of 16 bytes.
 template <class T>
-using LaneConfig = Config<T, 5, 1, 1, 1>;
-
-// Whether channels, if there are several, are neighbours.
-inline bool are_lanes(const Params& p, const Field& f) {
-  return f.data == nullptr || f.channels == 1 || (f.channels == p.C && f.c == 1);
+bool are_lanes(const Params& p, const Field& f) {
+  if (f.data == nullptr) return true;
+  for (const int64_t stride : {f.n, f.d, f.k, f.row, f.col})
+    if (stride % (16 / int(sizeof(T))) != 0) return false;
+  return f.channels == p.C && f.c == 1 && reinterpret_cast<uintptr_t>(f.data) % 16 == 0;
 }
 
 template <class C>
 bool lanes_fit(const Params& p, Path path, int most_warps) {
   const int64_t length = p.H > p.W ? p.H : p.W;
-  bool fit = path == Path::kAuto && p.dtype != Dtype::kFloat64 && p.C >= kLaneChannels &&
-             length <= C::P * most_warps;
-  for (const Field* f : {&p.x, &p.weights, &p.lam, &p.u, &p.y, &p.dy, &p.dx, &p.dweights, &p.dlam, &p.du})
-    fit = fit && are_lanes(p, *f);
-  return fit;
+  bool fit = path == Path::kAuto && p.dtype != Dtype::kFloat64 && p.C >= kLaneChannels && length <= C::P * most_warps;
+  for (const Field* f : {&p.x, &p.lam, &p.u, &p.y, &p.dy, &p.dx, &p.dlam, &p.du})
+    fit = fit && are_lanes<typename C::T>(p, *f);
+  for (const Field* f : {&p.weights, &p.dweights})  // which all channels may share
+    fit = fit && (f->channels == 1 || are_lanes<typename C::T>(p, *f));
+  return fit && p.C % (16 / int(sizeof(typename C::T))) == 0;
 }
 
 // Parameters of one launch, in addition to Params.
@@ -55,11 +55,11 @@ constexpr int kLanePlanes = kDuPlane + 1;
 constexpr size_t kLanePlaneBytes = 128;  // of shared memory
 static_assert(kLanePlanes * sizeof(void*) <= kLanePlaneBytes, "room for all planes");
 
-// What a thread has: a channel, and positions [place, place + own) of every line of a chunk.
+// What a thread has: a channel of 32 from `first` on, and positions [place, place + own) of every line of a chunk.
 template <class C, bool kHorizontal>
 struct LaneJob {
   int64_t n;
-  int channel, place, own, lines, length, begin, end, warp;
+  int first, channel, place, own, lines, length, begin, end, warp;
   bool active;  // there is such a channel
   bool reversed;
 
@@ -68,7 +68,7 @@ struct LaneJob {
     int64_t id = blockIdx.x;
     const int chunk = int(id % l.chunks);
     id /= l.chunks;
-    channel = int(id % l.blocks) * 32 + int(threadIdx.x & 31);
+    first = int(id % l.blocks) * 32, channel = first + int(threadIdx.x & 31);
     n = id / l.blocks;
     active = channel < int(p.C);
     if (!active) channel = int(p.C) - 1;
@@ -87,27 +87,23 @@ struct LaneJob {
   // Notes where a plane begins. In shared memory, since registers are few; a barrier has to follow.
   template <class T>
   static __device__ __forceinline__ void note(int plane, const Field& f, int64_t n, int64_t d, int64_t k = 0) {
-    if (threadIdx.x == 0)
-      static_cast<T**>(planes())[plane] = static_cast<T*>(f.data) + (n * f.n + d * f.d + k * f.k);
+    if (threadIdx.x == 0) static_cast<T**>(planes())[plane] = static_cast<T*>(f.data) + (n * f.n + d * f.d + k * f.k);
   }
   static __device__ __forceinline__ void* planes() { return shared_memory(); }
+  template <class T>
+  static __device__ __forceinline__ T* base(int plane) {
+    return static_cast<T* const volatile*>(planes())[plane];
+  }
   // The thread's first position on a line, in the order of memory.
   template <class T>
-  __device__ __forceinline__ T* at(int plane, const Field& f, int line) const {
-    T* const base = static_cast<T* const volatile*>(planes())[plane];
-    return base + (line * int(kHorizontal ? f.col : f.row) + opaque(place) * step(f) + (f.channels == 1 ? 0 : channel));
+  __device__ __forceinline__ T* at(int plane, const Field& f, int line, int q = 0) const {
+    return base<T>(plane) +
+           (q * step(f) + line * LaneJob::line(f) + opaque(place) * step(f) + (f.channels == 1 ? 0 : channel));
   }
-  // Elements from a position to the next.
+  // Elements from a position, a line to the next.
   static __device__ __forceinline__ int step(const Field& f) { return int(kHorizontal ? f.row : f.col); }
+  static __device__ __forceinline__ int line(const Field& f) { return int(kHorizontal ? f.col : f.row); }
 
-  template <class V>
-  __device__ __forceinline__ void read(V (&to)[C::P], int plane, const Field& f, int line) const {
-    const V* const from = at<V>(plane, f, line);
-    const int step = opaque(LaneJob::step(f));  // or the compiler keeps a multiple of it for every position
-#pragma unroll
-    for (int q = 0; q < C::P; ++q)
-      if (q < own) to[q] = load_vector(from + q * step);
-  }
   template <class V, class Value>
   __device__ __forceinline__ void write(int plane, const Field& f, int line, const Value& value) const {
     V* const to = at<V>(plane, f, line);
@@ -153,59 +149,114 @@ struct LaneEdges {
   }
 };
 
-// The inputs of a line at the thread's positions, and what its output needs beside the states: the sum over the
-// directions before.
-template <class C>
-struct LaneRow {
-  typename C::T weights[3][C::P], x[C::P], lam[C::P];
-};
-template <class C>
-struct LaneOutput {
-  typename C::T u[C::P];
-  typename C::A before[C::P];
-};
-
-template <class C, class Job>
-__device__ __forceinline__ void load_lanes(LaneRow<C>& row, const Params& p, const Job& job, int line) {
-#pragma unroll
-  for (int k = 0; k < 3; ++k) job.read(row.weights[k], kWeightPlanes + k, p.weights, line);
-  job.read(row.x, kXPlane, p.x, line);
-  if (p.lam.data != nullptr) job.read(row.lam, kLamPlane, p.lam, line);
-}
-template <class C, class Job>
-__device__ __forceinline__ void load_lanes(LaneOutput<C>& row, const Params& p, const LaneLaunch& l, const Job& job,
-                                           int line) {
-  if (p.u.data != nullptr) job.read(row.u, kUPlane, p.u, line);
-  if (l.first || l.sums.data == nullptr) return;
-  const auto* const from = job.template at<typename C::A>(kSumsPlane, l.sums, line);
-  const int step = opaque(Job::step(l.sums));
-#pragma unroll
-  for (int q = 0; q < C::P; ++q)
-    if (q < job.own) row.before[q] = from[q * step];
-}
-// Adds values to the sum over directions; the last direction writes it to `out`.
-template <class C, class Job, class Value>
-__device__ __forceinline__ void add_lanes(const LaneOutput<C>& row, const LaneLaunch& l, const Field& out,
-                                          const Job& job, int line, const Value& value) {
-  const auto sum = [&](int q) { return l.first ? value(q) : value(q) + row.before[q]; };
-  if (l.last)
-    job.template write<typename C::T>(kOutPlane, out, line, sum);
-  else
-    job.template write<typename C::A>(kSumsPlane, l.sums, line, sum);
-}
-
-// Weights and gated input of a line; zero at positions that do not exist.
-template <class C, bool kStochastic, class Job>
-__device__ __forceinline__ void prepare_lane(const Job& job, const LaneRow<C>& row, bool gated, LineOf<C>& line) {
+// The inputs of a few lines in shared memory, of a warp: slots of rows of 32 channels, one row for each input and
+// position; last comes the sum over the directions before, in the accumulation type. A warp copies what it computes
+// with, so that it waits for itself alone.
+template <class C, int kInputs, int kSlots_>
+struct LaneRing {
+  using T = typename C::T;
   using A = typename C::A;
+  static constexpr int kSlots = kSlots_, kRow = 32 * int(sizeof(T)), kInput = C::P * kRow;
+  static constexpr int kSlot = kInputs * kInput + C::P * 32 * int(sizeof(A));
+
+  static GSPN_HOST_DEVICE size_t bytes(int warps) { return size_t(kSlots) * kSlot * warps; }
+
+  unsigned char* memory;  // of the warp
+  int to = 0, from = 0;   // the slots of the next line to copy, to compute
+
+  __device__ __forceinline__ LaneRing(unsigned char* all, int warp) : memory(all + warp * kSlots * kSlot) {}
+
+  template <class V, class Job>
+  static __device__ __forceinline__ void copy_rows(unsigned char* rows, const Params& p, const Job& job, int plane,
+                                                   const Field& f, int line) {
+    constexpr int kChunk = 16 / int(sizeof(V)), kChunks = 32 / kChunk;  // elements of a copy, copies of a row
+    const V* const base =
+        Job::template base<const V>(plane) + (line * Job::line(f) + job.place * Job::step(f) + job.first);
+#pragma unroll
+    for (int e = int(threadIdx.x) & 31; e < C::P * kChunks; e += 32) {
+      const int q = e / kChunks, channel = e % kChunks * kChunk;
+      if (q < job.own && job.first + channel < int(p.C)) copy_async(rows + 16 * e, base + (q * Job::step(f) + channel));
+    }
+  }
+  // Starts the copy of an input, if it exists, of a line in the order of memory, to the next slot.
+  template <class Job>
+  __device__ __forceinline__ void copy(int input, const Params& p, const Job& job, int plane, const Field& f,
+                                       int line) const {
+    if (f.data != nullptr) copy_rows<T>(memory + to * kSlot + input * kInput, p, job, plane, f, line);
+  }
+  template <class Job>
+  __device__ __forceinline__ void copy_sum(const Params& p, const Job& job, const Field& f, int line) const {
+    copy_rows<A>(memory + to * kSlot + kInputs * kInput, p, job, kSumsPlane, f, line);
+  }
+  // Ends the line's copies, of which there need be none.
+  __device__ __forceinline__ void commit() {
+    commit_copies();
+    to = to + 1 == kSlots ? 0 : to + 1;
+  }
+  // Waits until the copies of the line to compute are there for all lanes, and no lane reads the line before any more.
+  static __device__ __forceinline__ void wait() {
+    wait_for_copies<kSlots - 2>();
+    __syncwarp();
+  }
+  __device__ __forceinline__ void next() { from = from + 1 == kSlots ? 0 : from + 1; }
+  // Of the lane's channel.
+  __device__ __forceinline__ A input(int number, int q) const {
+    const unsigned char* const row = memory + from * kSlot + number * kInput + q * kRow;
+    return widen(load_shared(reinterpret_cast<const T*>(row) + (threadIdx.x & 31)));
+  }
+  __device__ __forceinline__ A sum(int q) const {
+    const unsigned char* const sums = memory + from * kSlot + kInputs * kInput;
+    return load_shared(reinterpret_cast<const A*>(sums) + (q * 32 + int(threadIdx.x & 31)));
+  }
+};
+
+// Weights that all channels share: a lane loads and normalises those of one position, of which all get them.
+template <class C>
+struct SharedLaneWeights {
+  using T = typename C::T;
+  T raw[3];
+
+  template <class Job>
+  __device__ __forceinline__ void load(const Params& p, const Job& job, int i) {
+    const int lane = int(threadIdx.x) & 31;
+    if (i >= job.end || lane >= job.own) return;
+    const int64_t at = job.in_memory(i) * Job::line(p.weights) + (job.place + lane) * Job::step(p.weights);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) raw[k] = load_vector(Job::template base<const T>(kWeightPlanes + k) + at);
+  }
+  template <bool kStochastic, class Job>
+  __device__ __forceinline__ void prepare(const Job& job, LineOf<C>& line) const {
+    using A = typename C::A;
+    const int lane = int(threadIdx.x) & 31;
+    A a = A(0), b = A(0), c = A(0);
+    if (lane < job.own)
+      prepare_weights<T, kStochastic>(widen(raw[0]), widen(raw[1]), widen(raw[2]), job.has_left(lane),
+                                      job.has_right(lane), a, b, c);
+#pragma unroll
+    for (int q = 0; q < C::P; ++q) {
+      line.a[q] = __shfl_sync(~0u, a, q), line.c[q] = __shfl_sync(~0u, c, q);
+      line.b[q] = kStochastic ? A(0) : __shfl_sync(~0u, b, q);
+    }
+  }
+};
+
+// Weights and gated input of a line whose inputs are weights, unless all channels share them, then x and its gate. Zero
+// at positions that do not exist.
+template <class C, bool kStochastic, bool kShared, class Ring, class Job>
+__device__ __forceinline__ void prepare_lanes(const Ring& ring, const Params& p, const Job& job, LineOf<C>& line) {
+  using A = typename C::A;
+  constexpr int kX = kShared ? 0 : 3;
+  const bool gated = p.lam.data != nullptr;
 #pragma unroll
   for (int q = 0; q < C::P; ++q) {
-    line.a[q] = line.b[q] = line.c[q] = line.f[q] = A(0);
-    if (q >= job.own) continue;
-    line.f[q] = gated ? widen(row.lam[q]) * widen(row.x[q]) : widen(row.x[q]);
-    prepare_weights<typename C::T, kStochastic>(widen(row.weights[0][q]), widen(row.weights[1][q]),
-                                                widen(row.weights[2][q]), job.has_left(q), job.has_right(q), line.a[q],
-                                                line.b[q], line.c[q]);
+    const bool exists = q < job.own;
+    const A x = ring.input(kX, q);
+    line.f[q] = existing(exists, gated ? ring.input(kX + 1, q) * x : x);
+    if (kShared) continue;
+    A a = A(0), b = A(0), c = A(0);
+    prepare_weights<typename C::T, kStochastic>(ring.input(0, q), ring.input(1, q), ring.input(2, q), job.has_left(q),
+                                                job.has_right(q), a, b, c);
+    line.a[q] = existing(exists, a), line.b[q] = existing(exists, b), line.c[q] = existing(exists, c);
   }
 }
 
@@ -230,67 +281,5 @@ struct LaneCheckpoints {
   }
   __device__ __forceinline__ A* at(int line) const { return data + int64_t(line / interval - 1) * length; }
 };
-
-// A block per image, 32 channels and chunk.
-template <class C, bool kStochastic, bool kHorizontal>
-__global__ void __launch_bounds__(32 * kLaneWarps)
-    lane_forward(const __grid_constant__ Params p, const __grid_constant__ LaneLaunch l) {
-  using A = typename C::A;
-  const LaneJob<C, kHorizontal> job(p, l);
-  const LaneCheckpoints<A> checkpoints(p, job, l.d);
-  LaneEdges<A> edges(shared_memory() + kLanePlaneBytes);
-  note_planes<C>(p, l, job, p.y);
-  __syncthreads();
-  A h[C::P] = {};
-  LaneRow<C> rows[2];
-  load_lanes(rows[0], p, job, job.in_memory(job.begin));
-  int due = checkpoints.after(job.begin - 1);
-#pragma unroll 1
-  for (int i0 = job.begin; i0 < job.end; i0 += 2) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = i0 + half;
-      if (i >= job.end) break;
-      if (i + 1 < job.end) load_lanes(rows[1 - half], p, job, job.in_memory(i + 1));
-      const bool starts = i == job.begin;
-      if (i == due) {
-        A* const to = checkpoints.at(i);
-#pragma unroll
-        for (int q = 0; q < C::P; ++q)
-          if (q < job.own && job.active) to[q] = starts ? A(0) : h[q];
-        due = checkpoints.after(i);
-      }
-      LineOf<C> line;
-      prepare_lane<C, kStochastic>(job, rows[half], p.lam.data != nullptr, line);
-      LaneOutput<C> output;
-      load_lanes(output, p, l, job, job.in_memory(i));
-      A left = A(0), right = A(0);
-      if (!starts) edges.exchange(h[0], h[C::P - 1], left, right);
-      advance_between<C>(h, line, left, right, kStochastic, starts);
-      const bool scaled = p.u.data != nullptr;
-      if (job.active)
-        add_lanes(output, l, p.y, job, job.in_memory(i), [&](int q) { return scaled ? widen(output.u[q]) * h[q] : h[q]; });
-    }
-  }
-}
-
-// Returns false if the channels are not lanes.
-template <class T>
-bool launch_lanes(const Params& p, void* sums, cudaStream_t stream) {
-  if constexpr (sizeof(T) < 8) {
-    using C = LaneConfig<T>;
-    if (!lanes_fit<C>(p, selected_path, kLaneWarps)) return false;
-    for (int d = 0; d < p.D; ++d) {
-      const Scan scan = make_scan(p, d);
-      const LaneLaunch l = lane_launch(p, d, p.y, sums);
-      const int warps = ceil_div(scan.length, C::P);
-      const auto kernel = p.stochastic ? (scan.horizontal ? lane_forward<C, true, true> : lane_forward<C, true, false>)
-                                       : (scan.horizontal ? lane_forward<C, false, true> : lane_forward<C, false, false>);
-      launch(kernel, p.N * l.blocks * l.chunks, 32 * warps, kLanePlaneBytes + LaneEdges<typename C::A>::bytes(warps), 1, stream, p, l);
-    }
-    return true;
-  }
-  return false;
-}
 
 }  // namespace gspn::cuda

@@ -1,34 +1,40 @@
-// Backward of images whose channels are neighbours in memory: the counterpart of lane_forward. The states of an interval
-// of lines are recomputed from the checkpoint before it, and stay in shared memory with the thread that owns the
-// positions. Weights may be shared by all channels: then each block sums over its 32, and finish_weights over blocks.
+// Backward of images of channels_last, see lanes.cuh. The states of an interval of lines are recomputed from the
+// checkpoint before it, and stay in shared memory with the thread that owns the positions; then the adjoint runs back.
+// Weights may be shared by all channels: then each block sums over its 32, and finish_weights over blocks.
 #pragma once
 
-#include "gradients.cuh"
 #include "lanes.cuh"
+#include "partials.cuh"
 
 namespace gspn::cuda {
 
-constexpr int kLaneBackwardWarps = 12;  // of a line at most: 168 registers remain for a thread
+template <class T>
+using LaneGradientConfig = Config<T, 8, 1, 1, 1>;
+constexpr int kLaneBackwardWarps = 8;  // of a line at most
 
-template <class T, bool kSums>
-struct LaneGradientConfig : Config<T, 5, 1, 1, 1> {
-  static constexpr bool kSumsWeights = kSums;
-};
+// Weights, x, its gate; then u and dy.
+template <class C, bool kShared>
+using LaneBackwardRing = LaneRing<C, kShared ? 4 : 7, 2>;
 
-// Of a block: states before an interval and after each of its lines, [line][thread][position], and the edges.
-template <class C>
+// Of a block: where planes begin, edges, inputs, and the states before an interval and after each of its lines,
+// [line][position][thread].
+template <class C, bool kShared>
 size_t lane_backward_bytes(const Params& p, int warps) {
   using A = typename C::A;
-  return kLanePlaneBytes + sizeof(A) * size_t(p.interval + 1) * C::P * 32 * warps + LaneEdges<A>::bytes(warps);
+  return kLanePlaneBytes + LaneEdges<A>::bytes(warps) + LaneBackwardRing<C, kShared>::bytes(warps) +
+         sizeof(A) * size_t(p.interval + 1) * C::P * 32 * warps;
 }
 
-// Gates are of every channel, and a gradient is wanted that takes the states: without one there need not be any.
-template <class C>
-bool lane_gradients_fit(const Params& p, const Limits& limits, Path path) {
-  const int64_t length = p.H > p.W ? p.H : p.W;
-  return lanes_fit<C>(p, path, kLaneBackwardWarps) && (p.dweights.data != nullptr || p.du.data != nullptr) &&
-         (p.lam.data == nullptr || p.lam.channels == p.C) && (p.u.data == nullptr || p.u.channels == p.C) &&
-         lane_backward_bytes<C>(p, ceil_div(length, C::P)) <= limits.shared_bytes;
+// Whether the channels are lanes, and a gradient is wanted that takes the states: without one there need not be any.
+template <class T>
+bool lane_gradients_serve(const Params& p, const Limits& limits) {
+  if constexpr (sizeof(T) < 8) {
+    using C = LaneGradientConfig<T>;
+    const int warps = ceil_div(p.H > p.W ? p.H : p.W, C::P);
+    return lanes_fit<C>(p, selected_path, kLaneBackwardWarps) && (p.dweights.data != nullptr || p.du.data != nullptr) &&
+           lane_backward_bytes<C, false>(p, warps) <= limits.shared_bytes;
+  }
+  return false;
 }
 
 inline Partials lane_partials(const Params& p) {
@@ -37,40 +43,31 @@ inline Partials lane_partials(const Params& p) {
   return {parts, shared ? parts * p.N * (p.stochastic ? 2 : 3) * p.H * p.W : 0, 0, 0};
 }
 
-// States of a thread's positions: five words, so that threads access different banks.
-template <class A, int P>
-struct LaneStates {
-  A v[P];
-};
-
-// What the adjoint of a line reads beside the states.
-template <class C>
-struct LaneAdjointRow {
-  LaneRow<C> inputs;
-  LaneOutput<C> output;  // u, and the gradient of x of the directions before
-  typename C::T dy[C::P];
-};
-
-template <class C, bool kStochastic, bool kHorizontal>
+template <class C, bool kStochastic, bool kHorizontal, bool kShared>
 struct LaneAdjoint {
   using T = typename C::T;
   using A = typename C::A;
   using Job = LaneJob<C, kHorizontal>;
-  static constexpr int P = C::P;
+  using Ring = LaneBackwardRing<C, kShared>;
+  static constexpr int P = C::P, kX = kShared ? 0 : 3, kLam = kX + 1, kU = kX + 2, kDy = kX + 3;
   const Params& p;
   const LaneLaunch& l;
   const Job job;
-  LaneStates<A, P>* states;  // of the thread
-  int threads = int(blockDim.x);
   LaneEdges<A> edges;
+  Ring ring;
+  A* states;  // of the thread
+  int threads = int(blockDim.x);
   A v[P] = {};
 
   __device__ __forceinline__ LaneAdjoint(const Params& p, const LaneLaunch& l)
       : p(p),
         l(l),
         job(p, l),
-        states(reinterpret_cast<LaneStates<A, P>*>(shared_memory() + kLanePlaneBytes) + threadIdx.x),
-        edges(shared_memory() + kLanePlaneBytes + sizeof(A) * (p.interval + 1) * P * blockDim.x) {
+        edges(shared_memory() + kLanePlaneBytes),
+        ring(shared_memory() + kLanePlaneBytes + LaneEdges<A>::bytes(edges.warps), edges.warp),
+        states(reinterpret_cast<A*>(shared_memory() + kLanePlaneBytes + LaneEdges<A>::bytes(edges.warps) +
+                                    Ring::bytes(edges.warps)) +
+               threadIdx.x) {
     note_planes<C>(p, l, job, p.dx);
     Job::template note<T>(kDyPlane, p.dy, job.n, 0);
     for (int k = 0; k < 3; ++k) Job::template note<T>(kDWeightPlanes + k, p.dweights, job.n, l.d, k);
@@ -78,24 +75,35 @@ struct LaneAdjoint {
     Job::template note<T>(kDuPlane, p.du, job.n, l.d);
     __syncthreads();
   }
-
-  // The job anew, so that what the compiler derives from it does not stay in registers beyond an interval.
-  __device__ __forceinline__ Job fresh() const {
-    Job again = job;
-    again.channel = opaque(job.channel), again.place = opaque(job.place), again.own = opaque(job.own);
-    again.length = opaque(job.length), again.lines = opaque(job.lines);
-    return again;
-  }
+  __device__ __forceinline__ A* state(int number) const { return states + number * P * threads; }
   __device__ __forceinline__ void keep(int number, const A (&h)[P]) const {
-    LaneStates<A, P> state;
+    A* const to = state(number);
 #pragma unroll
-    for (int q = 0; q < P; ++q) state.v[q] = h[q];
-    store_shared(states + number * threads, state);
+    for (int q = 0; q < P; ++q) store_shared(to + q * threads, h[q]);
+  }
+  // The inputs of the recomputation; the adjoint takes more.
+  __device__ __forceinline__ void copy(int i, bool exists, bool adjoint) {
+    if (exists) {
+      const int line = job.in_memory(i);
+      if (!kShared)
+#pragma unroll
+        for (int k = 0; k < 3; ++k) ring.copy(k, p, job, kWeightPlanes + k, p.weights, line);
+      ring.copy(kX, p, job, kXPlane, p.x, line);
+      ring.copy(kLam, p, job, kLamPlane, p.lam, line);
+      if (adjoint) {
+        ring.copy(kU, p, job, kUPlane, p.u, line);
+        ring.copy(kDy, p, job, kDyPlane, p.dy, line);
+        if (!l.first && p.dx.data != nullptr) ring.copy_sum(p, job, l.sums, line);
+      }
+    }
+    ring.commit();
   }
 
   // The states of the lines [begin, end).
   __device__ __forceinline__ void recompute(int begin, int end) {
-    const Job job = fresh();
+    SharedLaneWeights<C> weights;
+    if (kShared) weights.load(p, job, begin);
+    copy(begin, true, false);
     A h[P] = {};
     if (begin > job.begin) {
       const A* const from = LaneCheckpoints<A>(p, job, l.d).at(begin);
@@ -104,112 +112,137 @@ struct LaneAdjoint {
         if (q < job.own) h[q] = from[q];
     }
     keep(0, h);
-    LaneRow<C> rows[2];
-    load_lanes(rows[0], p, job, job.in_memory(begin));
 #pragma unroll 1
-    for (int i0 = begin; i0 < end; i0 += 2) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = i0 + half;
-        if (i >= end) break;
-        if (i + 1 < end) load_lanes(rows[1 - half], p, job, job.in_memory(i + 1));
-        LineOf<C> line;
-        prepare_lane<C, kStochastic>(job, rows[half], p.lam.data != nullptr, line);
-        A left = A(0), right = A(0);
-        if (i > job.begin) edges.exchange(h[0], h[P - 1], left, right);
-        advance_between<C>(h, line, left, right, kStochastic, i == job.begin);
-        keep(i - begin + 1, h);
+    for (int i = begin; i < end; ++i) {
+      ring.wait();
+      copy(i + 1, i + 1 < end, false);
+      LineOf<C> line;
+      if (kShared) {
+        weights.template prepare<kStochastic>(job, line);
+        weights.load(p, job, i + 1);
       }
+      prepare_lanes<C, kStochastic, kShared>(ring, p, job, line);
+      A left = A(0), right = A(0);
+      if (i > job.begin) edges.exchange(h[0], h[P - 1], left, right);
+      advance_between<C>(h, line, left, right, kStochastic, i == job.begin);
+      keep(i - begin + 1, h);
+      ring.next();
     }
+    ring.wait();  // so that the slot which a group of no copies has taken is free
+    ring.next();
   }
 
   // The adjoint of the lines [begin, end), from the last to the first.
   __device__ __forceinline__ void run(int begin, int end) {
-    const Job job = fresh();
+    SharedLaneWeights<C> weights;
+    if (kShared) weights.load(p, job, end - 1);
+    copy(end - 1, true, true);
 #pragma unroll 1
-    for (int i = end - 1; i >= begin; --i) adjoint(job, i, begin);
-  }
-  __device__ __forceinline__ void adjoint(const Job& job, int i, int begin) {
-    LaneAdjointRow<C> row;
-    const int line = job.in_memory(i);
-    load_lanes(row.inputs, p, job, line);
-    load_lanes(row.output, p, l, job, line);
-    job.read(row.dy, kDyPlane, p.dy, line);
-    AdjointLine<C> in;
-    LaneStates<A, P>* const at = states + (i - begin) * threads;
-    const auto before = load_shared(at), after = load_shared(at + threads);
-#pragma unroll
-    for (int q = 0; q < P; ++q) {
-      in.before[q] = before.v[q], in.after[q] = after.v[q];
-#pragma unroll
-      for (int k = 0; k < 3; ++k) in.weights[k][q] = widen(row.inputs.weights[k][q]);
-      in.x[q] = widen(row.inputs.x[q]), in.dy[q] = widen(row.dy[q]);
-      in.lam[q] = p.lam.data != nullptr ? widen(row.inputs.lam[q]) : A(1);
-      in.u[q] = p.u.data != nullptr ? widen(row.output.u[q]) : A(1);
+    for (int i = end - 1; i >= begin; --i) {
+      ring.wait();
+      copy(i - 1, i - 1 >= begin, true);
+      LineOf<C> shared;
+      if (kShared) {
+        weights.template prepare<kStochastic>(job, shared);
+        if (i > begin) weights.load(p, job, i - 1);
+      }
+      adjoint(i, begin, shared);
+      ring.next();
     }
-    // Those of the warps beside, which have them since the barriers of the recomputation.
-    const A lower = edges.warp > 0 ? at[-32].v[P - 1] : A(0);
-    const A upper = edges.warp + 1 < edges.warps ? at[32].v[0] : A(0);
-    A g[P];
-    LineOf<C> weights;
-    LineGradients<C> out;
-    adjoint_gradients<C, kStochastic>(
-        in, v, lower, upper, [&](int q) { return job.has_left(q); }, [&](int q) { return job.has_right(q); },
-        i == job.begin, out, g, weights);
-#pragma unroll
-    for (int q = 0; q < P; ++q)  // where nothing was loaded
-      if (q >= job.own) weights.a[q] = weights.b[q] = weights.c[q] = g[q] = A(0);
-    if (C::kSumsWeights && l.partials != nullptr) sum(job, line, out);
-    if (job.active) store(job, row.output, line, out);
-    A from_left, from_right;
-    edges.exchange(weights.a[0] * g[0], weights.c[P - 1] * g[P - 1], from_left, from_right);
-    step_back<C>(v, weights, g, from_left, from_right);
+    ring.wait();
+    ring.next();
   }
-
-  // The sums over the warp's channels.
-  __device__ __forceinline__ void sum(const Job& job, int line, const LineGradients<C>& out) const {
-    A* const partials = static_cast<A*>(l.partials) +
-                        ((blockIdx.x / l.chunks % l.blocks) * p.N + job.n) * (kStochastic ? 2 : 3) * p.H * p.W;
-    const int lane = int(threadIdx.x) & 31;
-    const int64_t plane = p.H * p.W;
+  // One line: its gradients, and v of the line before.
+  __device__ __forceinline__ void adjoint(int i, int begin, const LineOf<C>& shared) {
+    const int line = job.in_memory(i);
+    const A *const before = state(i - begin), *const after = before + P * threads;
+    A next[P] = {}, first = A(0), last = A(0);
+    // Those of the warps beside, which have them since the barriers of the recomputation.
+    A below = edges.warp > 0 ? before[(P - 1) * threads - 32] : A(0), own = load_shared(before);
 #pragma unroll
     for (int q = 0; q < P; ++q) {
       if (q >= job.own) break;
-      const int64_t pixel = kHorizontal ? (job.place + q) * p.W + line : line * p.W + job.place + q;
+      const A above = q < P - 1                      ? load_shared(before + (q < P - 1 ? q + 1 : 0) * threads)
+                      : edges.warp + 1 < edges.warps ? before[32]
+                                                     : A(0);
+      const bool has_left = job.has_left(q), has_right = job.has_right(q);
+      const A dy = ring.input(kDy, q), x = ring.input(kX, q);
+      const A lam = p.lam.data != nullptr ? ring.input(kLam, q) : A(1);
+      const A u = p.u.data != nullptr ? ring.input(kU, q) : A(1);
+      const A g = u * dy + v[q];
+      A logits[3] = {}, a, b, c, dw[3] = {};
+      if (kShared) {
+        a = shared.a[q], b = shared.b[q], c = shared.c[q];
+      } else {
 #pragma unroll
-      for (int k = 0; k < 3; ++k) {
-        if (kStochastic && k == 1) continue;
-        A value = job.active ? out.dweights[k][q] : A(0);
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
-        if (lane == 0) partials[(kStochastic ? k / 2 : k) * plane + pixel] = value;
+        for (int k = 0; k < 3; ++k) logits[k] = ring.input(k, q);
+        prepare_weights<T, kStochastic>(logits[0], logits[1], logits[2], has_left, has_right, a, b, c);
       }
+      if (kStochastic) b = (A(1) - a) - c;
+      if (i == job.begin) {  // zero, whatever the weights
+      } else if (kStochastic) {
+        const A to_left = existing(has_left, g * (below - own)), to_right = existing(has_right, g * (above - own));
+        const A t = a * to_left + c * to_right;
+        dw[0] = kShared ? to_left : existing(has_left, a * slope<T>(logits[0]) * (to_left - t));
+        dw[1] = kShared ? A(0) : -(b * slope<T>(logits[1]) * t);
+        dw[2] = kShared ? to_right : existing(has_right, c * slope<T>(logits[2]) * (to_right - t));
+      } else {
+        dw[0] = existing(has_left, g * below), dw[1] = g * own, dw[2] = existing(has_right, g * above);
+      }
+      store(q, line, lam * g, dw, g * x, dy * load_shared(after + q * threads));
+      next[q] += b * g;
+      (q > 0 ? next[q > 0 ? q - 1 : 0] : first) += a * g;
+      (q < P - 1 ? next[q < P - 1 ? q + 1 : 0] : last) += c * g;
+      below = own, own = above;
     }
-  }
-  __device__ __forceinline__ void store(const Job& job, const LaneOutput<C>& before, int line,
-                                        const LineGradients<C>& out) const {
-    const auto put = [&](int plane, const Field& f, const A(&values)[P]) {
-      job.template write<T>(plane, f, line, [&](int q) { return values[q]; });
-    };
-    if (p.dx.data != nullptr) add_lanes(before, l, p.dx, job, line, [&](int q) { return out.dx[q]; });
-    if (!C::kSumsWeights && p.dweights.data != nullptr)
+    A from_left, from_right;
+    edges.exchange(first, last, from_left, from_right);
+    next[0] += from_left, next[P - 1] += from_right;
 #pragma unroll
-      for (int k = 0; k < 3; ++k) put(kDWeightPlanes + k, p.dweights, out.dweights[k]);
-    if (p.dlam.data != nullptr) put(kDlamPlane, p.dlam, out.dlam);
-    if (p.du.data != nullptr) put(kDuPlane, p.du, out.du);
+    for (int q = 0; q < P; ++q) v[q] = q < job.own ? next[q] : A(0);
+  }
+  __device__ __forceinline__ void store(int q, int line, A dx, const A (&dw)[3], A dlam, A du) const {
+    if (kShared && l.partials != nullptr) sum(q, line, dw);
+    if (!job.active) return;
+    if (p.dx.data != nullptr) {
+      if (!l.first) dx += ring.sum(q);
+      if (l.last)
+        narrow(dx, *job.template at<T>(kOutPlane, p.dx, line, q));
+      else
+        *job.template at<A>(kSumsPlane, l.sums, line, q) = dx;
+    }
+    if (!kShared && p.dweights.data != nullptr)
+#pragma unroll
+      for (int k = 0; k < 3; ++k) narrow(dw[k], *job.template at<T>(kDWeightPlanes + k, p.dweights, line, q));
+    if (p.dlam.data != nullptr) narrow(dlam, *job.template at<T>(kDlamPlane, p.dlam, line, q));
+    if (p.du.data != nullptr) narrow(du, *job.template at<T>(kDuPlane, p.du, line, q));
+  }
+  // The sums over the warp's channels.
+  __device__ __forceinline__ void sum(int q, int line, const A (&dw)[3]) const {
+    constexpr int kPlanes = kStochastic ? 2 : 3;
+    const int64_t plane = p.H * p.W, block = blockIdx.x / l.chunks % l.blocks;
+    A* const partials = static_cast<A*>(l.partials) + (block * p.N + job.n) * kPlanes * plane;
+    const int64_t pixel = kHorizontal ? (job.place + q) * p.W + line : line * p.W + job.place + q;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      if (kStochastic && k == 1) continue;
+      A value = job.active ? dw[k] : A(0);
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
+      if ((threadIdx.x & 31) == 0) partials[(kStochastic ? k / 2 : k) * plane + pixel] = value;
+    }
   }
 };
 
-template <class C, bool kStochastic, bool kHorizontal>
-__global__ void __launch_bounds__(32 * kLaneBackwardWarps)
+template <class C, bool kStochastic, bool kHorizontal, bool kShared>
+__global__ void __launch_bounds__(32 * kLaneBackwardWarps, 2)
     lane_backward(const __grid_constant__ Params p, const __grid_constant__ LaneLaunch l) {
-  LaneAdjoint<C, kStochastic, kHorizontal> part(p, l);
-  const auto& job = part.job;
-  const int interval = int(p.interval);
+  LaneAdjoint<C, kStochastic, kHorizontal, kShared> part(p, l);
+  const int interval = int(p.interval), first = part.job.begin;
 #pragma unroll 1
-  for (int end = job.end, begin; end > job.begin; end = begin) {
+  for (int end = part.job.end, begin; end > first; end = begin) {
     begin = (end - 1) / interval * interval;
-    begin = begin > job.begin ? begin : job.begin;
+    begin = begin > first ? begin : first;
     part.recompute(begin, end);
     __syncthreads();  // warps read the states of those beside
     part.run(begin, end);
@@ -221,25 +254,27 @@ __global__ void __launch_bounds__(32 * kLaneBackwardWarps)
 template <class T>
 bool launch_lanes_backward(const Params& p, const Limits& limits, void* sums, void* partials, cudaStream_t stream) {
   if constexpr (sizeof(T) < 8) {
-    if (!lane_gradients_fit<LaneGradientConfig<T, false>>(p, limits, selected_path)) return false;
+    using C = LaneGradientConfig<T>;
+    if (!lane_gradients_serve<T>(p, limits)) return false;
     const Partials s = lane_partials(p);
     for (int d = 0; d < p.D; ++d) {
       const Scan scan = make_scan(p, d);
       LaneLaunch l = lane_launch(p, d, p.dx, sums);
       l.partials = s.weights > 0 ? partials : nullptr;
-      const auto start = [&](auto config) {
-        using C = decltype(config);
-        const int warps = ceil_div(scan.length, C::P);
-        const auto kernel = p.stochastic
-                                ? (scan.horizontal ? lane_backward<C, true, true> : lane_backward<C, true, false>)
-                                : (scan.horizontal ? lane_backward<C, false, true> : lane_backward<C, false, false>);
-        launch(kernel, p.N * l.blocks * l.chunks, 32 * warps, lane_backward_bytes<C>(p, warps), 1, stream,
-               p, l);
+      const int warps = ceil_div(scan.length, C::P);
+      const auto start = [&](auto is_shared) {
+        constexpr bool kShared = decltype(is_shared)::value;
+        const auto kernel =
+            p.stochastic
+                ? (scan.horizontal ? lane_backward<C, true, true, kShared> : lane_backward<C, true, false, kShared>)
+                : (scan.horizontal ? lane_backward<C, false, true, kShared> : lane_backward<C, false, false, kShared>);
+        launch(kernel, p.N * l.blocks * l.chunks, 32 * warps, lane_backward_bytes<C, kShared>(p, warps), 1, stream, p,
+               l);
       };
       if (p.weights.channels == p.C)
-        start(LaneGradientConfig<T, false>());
+        start(Bool<false>());
       else
-        start(LaneGradientConfig<T, true>());
+        start(Bool<true>());
       if (s.weights > 0)
         launch(finish_weights<T>, (p.N * p.H * p.W + kFinishThreads - 1) / kFinishThreads, kFinishThreads, 0, 1, stream,
                p, d, s.parts, static_cast<const Accumulator<T>*>(partials));

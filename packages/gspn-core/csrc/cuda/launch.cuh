@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lanes_backward.cuh"
+#include "lanes_forward.cuh"
 #include "typed.hpp"
 #include "vectors.cuh"
 
@@ -78,7 +79,7 @@ template <class T>
 size_t Typed<T>::forward_workspace(const Params& p) {
   Cover cover;
   const Limits device = device_limits();
-  if (lanes_fit<LaneConfig<T>>(p, selected_path, kLaneWarps)) return sums_bytes<T>(p, p.y);
+  if (lanes_serve<T>(p, device)) return sums_bytes<T>(p, p.y);
   if (fused<T>(p, device)) return 0;
   if (shared_warps<T>(p, device) > 0) return shared_points_bytes<T>(p);
   return resident<T>(p, device, cover) ? 0 : sums_bytes<T>(p, p.y);
@@ -88,7 +89,7 @@ template <class T>
 void Typed<T>::forward(const Params& p, void* workspace, void* raw_stream) {
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   const Limits device = device_limits();
-  if (launch_lanes<T>(p, sums_bytes<T>(p, p.y) > 0 ? workspace : nullptr, stream)) return;
+  if (launch_lanes<T>(p, device, sums_bytes<T>(p, p.y) > 0 ? workspace : nullptr, stream)) return;
   if (fused<T>(p, device)) return launch_fused<T>(p, stream);
   if (const int warps = shared_warps<T>(p, device)) return launch_shared<T>(p, warps, workspace, stream);
   Cover cover;

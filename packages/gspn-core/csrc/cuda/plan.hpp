@@ -42,7 +42,8 @@ constexpr Cover kLong = {4, 4, 1, 1};
 // The same of narrower warps, of which there are twice as many: 56 of 64 positions are useful. A warp waits for most of
 // its time, so that a multiprocessor with few of them is idle.
 constexpr Cover kNarrow = {2, 4, 1, 1};
-constexpr int kFewWarps = 12;  // of a multiprocessor
+// Warps of a multiprocessor that are few; fewer in a forward pass which normalises, for that keeps narrow warps busy.
+constexpr int kFewWarps = 12, kFewStochasticWarps = 4;
 // Fallback without clusters, if one block must hold a line of thousands: 252 of 256 positions are useful.
 constexpr Cover kLongest = {8, 2, 1, 1};
 // float64 has a single, simple configuration.
@@ -137,9 +138,9 @@ Plan plan_strips(const Params& p, int d, const Limits& limits, Path path, int mo
 }
 
 // Whether a vertical scan has so few warps that narrow ones serve it better.
-inline bool has_few_warps(const Params& p, const Scan& scan, const Limits& limits) {
+inline bool has_few_warps(const Params& p, const Scan& scan, const Limits& limits, int few) {
   const int64_t strips = fits_one_warp(kLong, scan.length) ? 1 : ceil_div(scan.length, useful(kLong));
-  return p.N * blocks_of(p, kLong) * chunks_of(p, scan) * strips < int64_t(kFewWarps) * limits.multiprocessors;
+  return p.N * blocks_of(p, kLong) * chunks_of(p, scan) * strips < int64_t(few) * limits.multiprocessors;
 }
 
 // Whether all directions may run in shared memory at once. Pays off from two directions on, each of which would

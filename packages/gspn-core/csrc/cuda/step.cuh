@@ -23,7 +23,6 @@ struct Config {
   static constexpr int kShare = kElements / CW;  // of a tile of weights, per lane
   static constexpr int kSegment = kWidth / SEG;  // positions of one channel
   static constexpr int kLanes = 32 / SEG;        // lanes of one channel
-  static constexpr bool kSumsWeights = false;    // backward: gives what finish_weights sums over channels
   static_assert(kElements % CW == 0 && (CW == 1 || SEG == 1), "weights are shared by whole warps");
 };
 

@@ -69,7 +69,9 @@ bool launch_columns(const Params& p, int d, const Limits& device, void* sums, cu
   if constexpr (kHasColumns<LongConfig<T>>) {
     const Scan scan = make_scan(p, d);
     if (scan.length < kVectorLength) return false;
-    if (has_few_warps(p, scan, device) && launch_columns_of<NarrowConfig<T>>(p, d, device, sums, stream)) return true;
+    const int few = p.stochastic ? kFewStochasticWarps : kFewWarps;
+    if (has_few_warps(p, scan, device, few) && launch_columns_of<NarrowConfig<T>>(p, d, device, sums, stream))
+      return true;
     return launch_columns_of<LongConfig<T>>(p, d, device, sums, stream);
   }
   return false;
@@ -94,8 +96,7 @@ bool launch_row_backward(const Params& p, int d, const Limits& device, void* sum
   const auto bytes = [&](const Cover&, int per_block) { return row_backward_bytes<C>(p, per_block, true); };
   const Scan scan = make_scan(p, d);
   Plan plan;
-  if (!row_gradients_fit<C>(p, scan) ||
-      !plan_cover(p, d, device, selected_path, kBackwardWarps, kLong, bytes, plan))
+  if (!row_gradients_fit<C>(p, scan) || !plan_cover(p, d, device, selected_path, kBackwardWarps, kLong, bytes, plan))
     return false;
   const StripLaunch l = strip_launch(p, plan, d, sums);
   const auto kernel = p.stochastic ? (scan.reversed ? row_backward<C, true, true> : row_backward<C, true, false>)
@@ -109,7 +110,8 @@ bool launch_vector_backward(const Params& p, int d, const Limits& device, void* 
   if constexpr (kHasRows<LongConfig<T>>) {
     const Scan scan = make_scan(p, d);
     if (scan.length < kVectorLength) return false;
-    if (has_few_warps(p, scan, device) && launch_column_backward<NarrowConfig<T>>(p, d, device, sums, stream))
+    if (has_few_warps(p, scan, device, kFewWarps) &&
+        launch_column_backward<NarrowConfig<T>>(p, d, device, sums, stream))
       return true;
     return launch_column_backward<LongConfig<T>>(p, d, device, sums, stream) ||
            launch_row_backward<LongConfig<T>>(p, d, device, sums, stream);

@@ -115,9 +115,9 @@ def _arg(t: Tensor | None) -> _TensorArg | None:
 # ---- layouts, which matter on a GPU: there are kernels for planes whose rows are neighbours in memory, and for images
 # of channels_last, where channels are. Others are served pixel by pixel, which takes longer than a copy.
 
-# From so many channels on, and up to so long lines in the forward and in the backward pass, channels are lanes of a warp;
-# see csrc/cuda/lanes.cuh.
-LANE_CHANNELS, LANE_LENGTH, LANE_LENGTH_BACKWARD = 16, 80, 60
+# From so many channels on, multiples of so many, and up to some length of lines, channels are lanes of a warp; see
+# csrc/cuda/lanes.cuh. A warp has so many positions of a line.
+_LANE_CHANNELS, _LANE_UNIT, _LANE_POSITIONS = 16, 8, 8
 
 
 def is_on_gpu(t: Tensor) -> bool:
@@ -125,30 +125,70 @@ def is_on_gpu(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def has_lanes(x: Tensor, longest: int) -> bool:
+@cache
+def _shared_memory(device: int | None) -> int:
+    """Return the bytes of shared memory that a block may have; those of an H100 where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def has_lanes(x: Tensor, *, backward: bool) -> bool:
     """Tell whether there are kernels for an image of channels_last that is as large as x."""
     if not is_on_gpu(x) or x.dtype == torch.float64:
         return False
     _, channels, height, width = x.shape
-    return channels >= LANE_CHANNELS and max(height, width) <= longest
+    if channels < _LANE_CHANNELS or channels % _LANE_UNIT != 0 or max(height, width) > (64 if backward else 80):
+        return False
+    # As lane_forward_bytes and lane_backward_bytes in csrc/cuda have it: the inputs of some lines, the backward pass's
+    # states, and the edges of each warp.
+    row, state = _LANE_POSITIONS * 32 * x.element_size(), _LANE_POSITIONS * 32 * 4
+    warp = 2 * (7 * row + state) + (CHECKPOINT_INTERVAL + 1) * state if backward else 3 * (6 * row + state)
+    return 128 + -(-max(height, width) // _LANE_POSITIONS) * (warp + 512) <= _shared_memory(x.device.index)
+
+
+def _channel_dim(number: int, t: Tensor) -> int:
+    """Return the dimension of the channels of x (number 0), weights (1), lam or u."""
+    return t.dim() - (4 if number == 1 else 3)
 
 
 def _are_lanes(x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, *, backward: bool) -> bool:
-    """Tell whether such kernels serve a call: channels are neighbours in memory in all its tensors, or shared by all."""
-    if not has_lanes(x, LANE_LENGTH_BACKWARD if backward else LANE_LENGTH) or x.stride(1) != 1:
+    """Tell whether such kernels serve a call: channels are neighbours in memory; all of them may share the weights."""
+    if not has_lanes(x, backward=backward):
         return False
-    others = [(weights, weights.dim() - 4), *((t, t.dim() - 3) for t in (lam, u) if t is not None)]
-    for number, (t, dim) in enumerate(others):
-        if t.shape[dim] == x.shape[1] and t.stride(dim) == 1:
+    for number, t in enumerate((x, weights, lam, u)):
+        if t is None:
             continue
-        if t.shape[dim] != 1 or (backward and number > 0):
+        dim = _channel_dim(number, t)
+        own = t.shape[dim] == x.shape[1] and t.stride(dim) == 1
+        if not own and not (number == 1 and t.shape[dim] == 1):
             return False
     return True
+
+
+def _in_lanes(t: Tensor | None, dim: int, channels: int) -> Tensor | None:
+    """Return a tensor whose channels, in `dim`, are neighbours in units of 16 bytes, if it has as many."""
+    if t is None or t.shape[dim] != channels:
+        return t
+    unit = 16 // t.element_size()
+    strides = (stride for i, stride in enumerate(t.stride()) if i != dim)
+    if t.stride(dim) == 1 and t.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in strides):
+        return t
+    return t.movedim(dim, -1).clone(memory_format=torch.contiguous_format).movedim(-1, dim)
 
 
 def _in_rows(t: Tensor | None) -> Tensor | None:
     """Return a tensor whose pixels of a row are neighbours."""
     return t if t is None or t.stride(-1) <= 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _laid_out(x: Any, weights: Any, lam: Any, u: Any, *others: Any, backward: bool) -> list[Any]:
+    """Return a call's tensors as its kernels read them, x and `others` of one shape: copies where they must be."""
+    tensors = [x, weights, lam, u, *others]
+    if not _are_lanes(x, weights, lam, u, backward=backward):
+        return [_in_rows(t) for t in tensors]
+    dims = [0 if t is None else _channel_dim(number, t) for number, t in enumerate(tensors)]
+    return [_in_lanes(t, dim, x.shape[1]) for t, dim in zip(tensors, dims, strict=True)]
 
 
 def empty_output(x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None) -> Tensor:
@@ -206,8 +246,8 @@ class Kernels:
         self, x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, y: Tensor, checkpoints: Tensor | None
     ) -> None:
         """Write y, and the checkpoints unless they are None."""
-        if self._on_gpu and not _are_lanes(x, weights, lam, u, backward=False):
-            x, weights, lam, u = (_in_rows(t) for t in (x, weights, lam, u))  # type: ignore[assignment]
+        if self._on_gpu:
+            x, weights, lam, u = _laid_out(x, weights, lam, u, backward=False)
         pointer = 0 if checkpoints is None else checkpoints.data_ptr()
         self._forward(*self._launch, _arg(x), _arg(weights), _arg(lam), _arg(u), _arg(y), pointer)
 
@@ -222,10 +262,8 @@ class Kernels:
         gradients: Sequence[Tensor | None],
     ) -> None:
         """Write the gradients of x, weights, lam and u, those that are not None."""
-        if self._on_gpu and _are_lanes(x, weights, lam, u, backward=True):
-            dy = dy if dy.stride(1) == 1 else dy.contiguous(memory_format=torch.channels_last)
-        elif self._on_gpu:
-            dy, x, weights, lam, u = (_in_rows(t) for t in (dy, x, weights, lam, u))  # type: ignore[assignment]
+        if self._on_gpu:
+            x, weights, lam, u, dy = _laid_out(x, weights, lam, u, dy, backward=True)
         self._backward(
             *self._launch,
             _arg(dy),

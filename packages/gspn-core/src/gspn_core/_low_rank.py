@@ -107,7 +107,7 @@ def _has_kernels(x: Tensor) -> bool:
 
 def _channels_are_last(x: Tensor) -> bool:
     """Tell whether the gates are made channels_last: small images on a GPU are, which has kernels for them."""
-    return _backend.has_lanes(x, _backend.LANE_LENGTH_BACKWARD)
+    return _backend.has_lanes(x, backward=True)
 
 
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -138,7 +138,9 @@ def _from_rows(rows: Tensor, shape: torch.Size, last: bool) -> Tensor:
     count, _, channels, *rest = shape
     logits, lam, u = rows.split([3 * count * channels, count * channels, count * channels])
     gates = [t.reshape(count, 1, channels, *rest) for t in (lam, u)]
-    logits = logits.reshape(count, 3, channels, *rest) if last else logits.reshape(count, channels, 3, *rest).transpose(1, 2)
+    logits = (
+        logits.reshape(count, 3, channels, *rest) if last else logits.reshape(count, channels, 3, *rest).transpose(1, 2)
+    )
     return torch.cat([logits, *gates], dim=1)
 
 
@@ -146,7 +148,11 @@ def _planes(x: Tensor, flat: Tensor, weight: Tensor, bias: Tensor, last: bool) -
     """Return logits, lam and u, which lie in memory as a product of matrices leaves them; `flat` is of `_pixels`."""
     n, _, h, w = x.shape
     count, _, channels = bias.shape
-    matrix, rows, sizes = _rows(weight, last), _rows(bias, last), [3 * count * channels, count * channels, count * channels]
+    matrix, rows, sizes = (
+        _rows(weight, last),
+        _rows(bias, last),
+        [3 * count * channels, count * channels, count * channels],
+    )
     if last:
         logits, lam, u = (t.unflatten(0, (n, h, w)) for t in torch.addmm(rows, flat, matrix.mT).split(sizes, dim=1))
         logits = logits.unflatten(-1, (count, 3, channels)).permute(0, 3, 5, 4, 1, 2)

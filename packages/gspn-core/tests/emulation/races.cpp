@@ -27,7 +27,9 @@ struct Tensor {
 
 int size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-Tensor make(Dtype dtype, int64_t n, int64_t d, int64_t c, int64_t k, int64_t h, int64_t w, std::mt19937* random) {
+// lanes: channels last in memory.
+Tensor make(Dtype dtype, int64_t n, int64_t d, int64_t c, int64_t k, int64_t h, int64_t w, bool lanes,
+            std::mt19937* random) {
   Tensor t;
   const int64_t count = n * d * c * k * h * w;
   t.data.reset(new unsigned char[size_t(count * size_of(dtype))]);
@@ -46,12 +48,13 @@ Tensor make(Dtype dtype, int64_t n, int64_t d, int64_t c, int64_t k, int64_t h, 
       std::memcpy(t.data.get() + i * 2, &narrow, 2);
     }
   }
-  t.field = Field{t.data.get(), c, d * c * k * h * w, c * k * h * w, k * h * w, h * w, w, 1};
+  t.field = lanes ? Field{t.data.get(), c, d * c * k * h * w, k * c, 1, c, w * d * k * c, d * k * c}
+                  : Field{t.data.get(), c, d * c * k * h * w, c * k * h * w, k * h * w, h * w, w, 1};
   return t;
 }
 
 struct Case {
-  const char* path;
+  const char* path;  // of select_path, or lanes
   Dtype dtype;
   int64_t N, C, H, W, G, gates, chunk;
   bool stochastic;
@@ -66,9 +69,10 @@ void run(const Case& c) {
   p.D = int(c.directions.size());
   for (int d = 0; d < p.D; ++d) p.directions[d] = Direction(c.directions[size_t(d)]);
   p.chunk = c.chunk, p.interval = 16;
+  const bool lanes = std::strcmp(c.path, "lanes") == 0;
   std::vector<Tensor> kept;
   const auto tensor = [&](int64_t d, int64_t channels, int64_t k, bool filled) {
-    kept.push_back(make(c.dtype, c.N, d, channels, k, c.H, c.W, filled ? &random : nullptr));
+    kept.push_back(make(c.dtype, c.N, d, channels, k, c.H, c.W, lanes, filled ? &random : nullptr));
     return kept.back().field;
   };
   p.x = tensor(1, c.C, 1, true), p.weights = tensor(p.D, c.G, 3, true);
@@ -77,7 +81,7 @@ void run(const Case& c) {
   const int64_t state = c.dtype == Dtype::kFloat64 ? 8 : 4;
   std::vector<double> checkpoints(size_t(c.N * c.C * gspn::checkpoint_offset(p, p.D) * state / 8 + 1));
   p.checkpoints = checkpoints.data();
-  gspn::cuda::select_path(c.path);
+  gspn::cuda::select_path(lanes ? "auto" : c.path);
   const auto scratch = [](size_t bytes) {
     std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes > 0 ? bytes : 1]);
     std::memset(memory.get(), 0xFF, bytes > 0 ? bytes : 1);
@@ -112,6 +116,8 @@ int main(int count, char** arguments) {
       {"auto", f32, 1, 17, 7, 10, 1, 1, 4, true, all},         // weights and gates of all channels, normalised once
       {"cluster", f32, 1, 1, 132, 32, 1, 1, 0, true, {0, 1}},  // gradients of rows, strips in two blocks
       {"strip", f32, 1, 1, 20, 132, 1, 1, 7, true, {2, 3}},    // and of columns
+      {"lanes", f32, 1, 20, 9, 20, 20, 20, 0, true, all},      // channels last, three warps
+      {"lanes", f32, 1, 36, 20, 17, 1, 36, 7, true, {0, 3}},   // shared weights, two blocks of channels
       {"auto", f64, 1, 2, 20, 75, 1, 1, 0, true, {2, 1}},
   };
   for (const Case& c : cases) {

@@ -43,7 +43,9 @@ def table(record: dict[str, Any]) -> str:
             lines += [*_aligned(cells), ""]
         lines += [*_published(rows)]
         left = [row for row in rows if row["status"] != "measured"]
-        lines += [f"- {row['case']}, {row['pass']}: {row['status']}, {row['reason']}" for row in left]
+        for why in dict.fromkeys((row["status"], row["reason"]) for row in left):
+            names = [f"{row['case']}, {row['pass']}" for row in left if (row["status"], row["reason"]) == why]
+            lines.append(f"- {names[0] if len(names) == 1 else f'{len(names)} rows'}: {', '.join(why)}")
         lines += [""] if left else []
     lines += _stages(record)
     return "\n".join(lines).rstrip()
