@@ -50,18 +50,21 @@ class Case:
     wavefronts: float | None = None
 
 
-LONG = (4, 4, 1, 1)
+LONG, NARROW, LANES = (4, 4, 1, 1), (2, 4, 1, 1), (8, 1, 1, 1)
 # The limits are what the kernels take with nvcc 13.0 for sm_90, and a twentieth more.
 CASES = (
     Case("A down", ("column_forward", "float", LONG, (False,)), 26, 0, 28_300, sectors=1.1),
-    Case("A right", ("row_forward", "float", LONG, (False, False)), 36, 0, 41_500, sectors=1.1, wavefronts=1),
-    Case("A left", ("row_forward", "float", LONG, (False, True)), 36, 0, 41_500, sectors=1.1, wavefronts=1),
+    Case("A right", ("row_forward", "float", LONG, (False, False)), 36, 0, 43_600, sectors=1.1, wavefronts=1),
+    Case("A left", ("row_forward", "float", LONG, (False, True)), 36, 0, 43_600, sectors=1.1, wavefronts=1),
     Case("A right, any strides", ("strip_forward", "float", LONG, (True,)), 276, 0, 64_800),
+    Case("A down, narrow", ("column_forward", "float", NARROW, (False,)), 44, 0, 18_200, sectors=1.2),
+    Case("N1 C2 bf16 down", ("column_forward", "bf16", NARROW, (True,)), 92, 0, 27_000),
     Case("A from logits", ("column_forward", "float", LONG, (True,)), 91, 0, 52_400, sectors=1.1),
     Case(
         "A right from logits", ("row_forward", "float", LONG, (True, False)), 101, 0, 70_300, sectors=1.1, wavefronts=1
     ),
-    Case("propagate bf16 strip", ("column_forward", "bf16", LONG, (True,)), 69, 0, 45_000, sectors=1.1),
+    # Strips of a block read each other's edges, which the first-level cache has.
+    Case("propagate bf16 strip", ("column_forward", "bf16", LONG, (True,)), 69, 0, 45_000, sectors=1.2),
     Case(
         "propagate bf16 strip right",
         ("row_forward", "bf16", LONG, (True, False)),
@@ -77,12 +80,29 @@ CASES = (
     # x is read for every direction.
     Case("C", ("fused_forward", "bf16", (4, 4, 1, 8), ()), 46, 0, 68_000, sectors=1.15, wavefronts=1),
     Case("C, weights of two channels", ("resident_forward", "bf16", (1, 8, 1, 2), ()), 267, 0, 28_900),
+    Case("channels last", ("lane_forward", "bf16", LANES, (True, False, False)), 135, 0, 19_900),
+    Case("channels last right", ("lane_forward", "bf16", LANES, (True, True, False)), 135, 0, 19_900),
+    Case("channels last, shared weights", ("lane_forward", "bf16", LANES, (True, False, True)), 101, 0, 15_500),
+    Case("channels last backward", ("lane_backward", "bf16", LANES, (True, False, False)), 260, 0, 29_900),
+    Case(
+        "channels last backward, shared weights", ("lane_backward", "bf16", LANES, (True, False, True)), 355, 0, 43_000
+    ),
     Case("A backward", ("column_backward", "float", LONG, (False,)), 92, 0, 18_000, sectors=1.1, wavefronts=1),
     Case("A backward right", ("row_backward", "float", LONG, (False, False)), 90, 0, 60_000, sectors=1.1, wavefronts=1),
+    Case(
+        "A backward, narrow",
+        ("column_backward", "float", NARROW, (False,)),
+        139,
+        0,
+        13_500,
+        sectors=1.25,
+        wavefronts=1.05,
+    ),
+    Case("A backward from logits, narrow", ("column_backward", "float", NARROW, (True,)), 254, 0, 31_800),
     Case("A backward from logits", ("column_backward", "float", LONG, (True,)), 200, 0, 53_000),
     Case("A backward right from logits", ("row_backward", "float", LONG, (True, False)), 181, 0, 104_900),
-    # Strips begin within a sector.
-    Case("bf16 backward", ("column_backward", "bf16", LONG, (True,)), 150, 0, 36_000, sectors=1.2, wavefronts=1),
+    # And strips begin within a sector.
+    Case("bf16 backward", ("column_backward", "bf16", LONG, (True,)), 150, 0, 36_000, sectors=1.35, wavefronts=1),
     # Half units are read and written.
     Case(
         "bf16 backward right",
@@ -145,12 +165,12 @@ def others(kernels: Iterable[str], known: Iterable[str]) -> dict[str, Case]:
 
 
 def tile_loops(graph: Graph, loops: list[Loop]) -> list[Loop]:
-    """Return the innermost loops that both read global memory and shuffle: those over tiles."""
+    """Return the innermost loops that read global memory and exchange states, by shuffles or barriers: over tiles."""
 
     def has(loop: Loop, names: tuple[str, ...]) -> bool:
         return any(instruction.name in names for block in loop.blocks for instruction in graph.code(block))
 
-    found = [loop for loop in loops if has(loop, ("SHFL",)) and has(loop, ("LDG", "LD", "LDGSTS"))]
+    found = [loop for loop in loops if has(loop, ("SHFL", "BAR")) and has(loop, ("LDG", "LD", "LDGSTS"))]
     return [loop for loop in found if not any(other.blocks < loop.blocks for other in found)]
 
 
@@ -165,7 +185,7 @@ def costs(case: Case, graph: Graph) -> tuple[list[Counter[str]], float]:
     loops = loops_of(graph)
     tiles = tile_loops(graph, loops)
     if not tiles:
-        raise ValueError(f"{graph.kernel.name} has no loop that reads global memory and shuffles")
+        raise ValueError(f"{graph.kernel.name} has no loop that reads global memory and exchanges states")
     if function == "shared_forward":  # each element takes a load of its own; a second loop takes the last few lines
         turns = [
             cost_of_turn(graph, loop, loops, Work(trips=1, widest=0, shuffles=0, exponentials=0)) for loop in tiles

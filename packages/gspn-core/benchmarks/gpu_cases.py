@@ -326,9 +326,10 @@ def make_cases(*, quick: bool) -> list[Case]:
             cases.append(AttentionCase(group=group, **about, **sizes))
 
     for hwnc in (SHAPES[6], *LAST):
-        scan("channels last", f"{LABEL.format(*hwnc)} bf16 G=C'=C", hwnc, BF16, per_channel=True, channels_last=True)
+        name = f"{LABEL.format(*hwnc)} bf16 G=C'=C, channels last"
+        scan("channels last", name, hwnc, BF16, per_channel=True, channels_last=True)
     for hwnc in (SHAPES[4], (64, 64, 2, 640)):
-        name, options = f"{LABEL.format(*hwnc)} bf16 G=1 C'=C", {"gates_per_channel": True}
+        name, options = f"{LABEL.format(*hwnc)} bf16 G=1 C'=C, channels last", {"gates_per_channel": True}
         scan("channels last", name, hwnc, BF16, channels_last=True, **options)
 
     for hwnc, first, second in GSPN2_TABLE:

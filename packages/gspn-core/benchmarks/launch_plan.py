@@ -15,6 +15,8 @@ FORWARD, SAVING, BACKWARD = PASSES = ("forward", "forward, checkpoints saved", "
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Cover = tuple[int, int, int, int]  # P, K, CW, SEG, as in step.cuh
 LONG: Cover = (4, 4, 1, 1)
+NARROW: Cover = (2, 4, 1, 1)  # of vertical scans with fewer warps than FEW_WARPS of a multiprocessor
+FEW_WARPS, FEW_STOCHASTIC_WARPS = 12, 4
 VECTOR_LENGTH = 32  # shorter lines take the general kernels
 SHORT: tuple[Cover, ...] = ((1, 8, 1, 4), (1, 8, 1, 2), (1, 8, 1, 1), (2, 8, 1, 1), LONG)
 FUSED = ((16, (4, 4, 1, 8)), (32, (4, 4, 1, 4)), (64, (4, 4, 1, 2)), (128, LONG))  # by the longest line
@@ -150,13 +152,14 @@ def _direction(shape: Shape, which: str, direction: str, sms: int) -> Launch:
     h, w, _, c = shape.size
     bytes_, backward, horizontal = BYTES[shape.dtype], which == BACKWARD, "left" in direction
     owns = shape.groups == c and {shape.lam, shape.u} <= {0, c}
-    fits = h % 4 == 0 and w % (INTERVAL if backward else 16 // bytes_) == 0 if horizontal else w % 4 == 0
+    cover = LONG if horizontal or not _has_few_warps(shape, backward, sms) else NARROW
+    fits = h % 4 == 0 and w % (INTERVAL if backward else 16 // bytes_) == 0 if horizontal else w % cover[0] == 0
     suffix = "backward" if backward else "forward"
     fits = fits and (h if horizontal else w) >= VECTOR_LENGTH
     if fits and (owns or not backward):
         flags = (shape.logits, direction == "right_to_left") if horizontal else (shape.logits,)
         name = f"{'row' if horizontal else 'column'}_{suffix}"
-        if launch := _cut(shape, name, LONG, flags, horizontal, _tile_bytes(shape, name), sms):
+        if launch := _cut(shape, name, cover, flags, horizontal, _tile_bytes(shape, name, cover), sms):
             return launch
     cover = _cover(shape, h if horizontal else w, 4, 2 if backward else 4)
     launch = _cut(shape, f"strip_{suffix}", cover, (horizontal,), horizontal, 0, sms)  # a few KiB, which limit nothing
@@ -164,14 +167,22 @@ def _direction(shape: Shape, which: str, direction: str, sms: int) -> Launch:
     return launch
 
 
-def _tile_bytes(shape: Shape, name: str) -> int:
+def _has_few_warps(shape: Shape, backward: bool, sms: int) -> bool:
+    """Tell whether a vertical scan is left to narrow warps."""
+    _, w, n, _ = shape.size
+    strips = 1 if w <= 128 else math.ceil(w / 120)
+    few = FEW_STOCHASTIC_WARPS if shape.logits and not backward else FEW_WARPS
+    return n * _blocks(shape, LONG) * strips < few * sms
+
+
+def _tile_bytes(shape: Shape, name: str, cover: Cover) -> int:
     """Return the shared memory of a warp that reads rows of vectors, beside what strips exchange."""
     bytes_, gates = BYTES[shape.dtype], bool(shape.lam) + bool(shape.u)
     if name == "column_backward":
-        return 32 * ((INTERVAL + 1) * 16 + 3 * INTERVAL * 4 * bytes_)
+        return 32 * cover[0] * ((INTERVAL + 1) * 4 + 3 * INTERVAL * bytes_)
     if name == "row_forward":
         stage = -(-4672 * (5 if shape.lam else 4) // 128) * 128
-        return stage + 4736 if bytes_ == 2 else 2 * stage  # stages, and room for states
+        return stage + (4736 if bytes_ == 2 else 0)  # a stage, and room for states
     if name == "row_backward":  # inputs, the gradient of x where its type differs, and states
         return (5 + gates) * 512 * (4 * bytes_ + 1) + (8704 if bytes_ == 2 else 0) + 17 * 512
     return 0
@@ -184,7 +195,9 @@ def _cut(
     h, w, n, _ = shape.size
     (p, k, cw, segments), (length, lines) = cover, (h, w) if horizontal else (w, h)
     strips = 1 if length <= 32 * p // segments else math.ceil(length / (32 * p - 2 * k))
-    cluster, blocks, most = 1, n * _blocks(shape, cover), 8 if "backward" in name else 12
+    backward, narrow = "backward" in name, cover == NARROW
+    most = (10 if narrow else 8) if backward else (16 if shape.logits else 20) if narrow else 12
+    cluster, blocks = 1, n * _blocks(shape, cover)
 
     def per_block() -> int:
         return math.ceil(strips / cluster)

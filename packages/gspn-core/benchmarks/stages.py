@@ -188,7 +188,8 @@ class Run:
         except (OSError, ValueError) as error:
             return self.say(f"no predictions: {error}")
         for row in self.record["rows"]:
-            if row.get("op") in ("propagate", "line_scan") and row["dtype"] in BYTES:
+            modelled = row["group"] != "channels last"  # whose kernels the model does not know
+            if modelled and row.get("op") in ("propagate", "line_scan") and row["dtype"] in BYTES:
                 found = model.predict(shape_of(row), row["pass"], copy["bytes_per_s"], budget)
                 row |= {key: found[key] for key in ("predicted_us", "bound_by", "kernel")}
 

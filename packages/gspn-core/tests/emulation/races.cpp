@@ -118,6 +118,7 @@ int main(int count, char** arguments) {
       {"strip", f32, 1, 1, 20, 132, 1, 1, 7, true, {2, 3}},    // and of columns
       {"lanes", f32, 1, 20, 9, 20, 20, 20, 0, true, all},      // channels last, three warps
       {"lanes", f32, 1, 36, 20, 17, 1, 36, 7, true, {0, 3}},   // shared weights, two blocks of channels
+      {"lanes", f32, 1, 16, 3, 20, 16, 16, 1, true, {2}},      // chunks of one line
       {"auto", f64, 1, 2, 20, 75, 1, 1, 0, true, {2, 1}},
   };
   for (const Case& c : cases) {

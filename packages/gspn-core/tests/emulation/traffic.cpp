@@ -148,18 +148,21 @@ int main() {
   const char* separator = "[\n";
   const auto floats = [&](const Case& c) { done = gspn::cuda::run<float>(c, separator) && done, separator = ",\n"; };
   const auto halves = [&](const Case& c) { done = gspn::cuda::run<BFloat16>(c, separator) && done, separator = ",\n"; };
-  floats({"A down", 1, 16, 1024, 1, false, false, false, {2}});
+  // Without multiprocessors to fill, the wide warps.
+  floats({"A down", 1, 16, 1024, 1, false, false, false, {2}, 0});
+  floats({"A down, narrow", 1, 16, 1024, 1, false, false, false, {2}});
   floats({"A right", 1, 1024, 16, 1, false, false, false, {0}});
   floats({"A left", 1, 1024, 16, 1, false, false, false, {1}});
-  floats({"A from logits", 1, 16, 1024, 1, true, false, false, {2}});
+  floats({"A from logits", 1, 16, 1024, 1, true, false, false, {2}, 0});
   floats({"A right from logits", 1, 1024, 16, 1, true, false, false, {0}});
-  halves({"propagate bf16 strip", 1, 16, 512, 1, true, true, false, {2}});
+  halves({"propagate bf16 strip", 1, 16, 512, 1, true, true, false, {2}, 0});
   halves({"propagate bf16 strip right", 1, 512, 32, 1, true, true, false, {0}});
   halves({"B", 12, 74, 74, 1, true, true, false, all, 1});
   halves({"C", 16, 16, 16, 16, true, true, false, all});
-  floats({"A backward", 1, 16, 1024, 1, false, false, true, {2}});
+  floats({"A backward", 1, 16, 1024, 1, false, false, true, {2}, 0});
+  floats({"A backward, narrow", 1, 16, 1024, 1, false, false, true, {2}});
   floats({"A backward right", 1, 1024, 32, 1, false, false, true, {0}});
-  halves({"bf16 backward", 1, 32, 512, 1, true, true, true, {2}});
+  halves({"bf16 backward", 1, 32, 512, 1, true, true, true, {2}, 0});
   halves({"bf16 backward right", 1, 512, 32, 1, true, true, true, {0}});
   std::printf("\n]\n");
   return done ? 0 : 1;

@@ -45,7 +45,8 @@ def table(record: dict[str, Any]) -> str:
         left = [row for row in rows if row["status"] != "measured"]
         for why in dict.fromkeys((row["status"], row["reason"]) for row in left):
             names = [f"{row['case']}, {row['pass']}" for row in left if (row["status"], row["reason"]) == why]
-            lines.append(f"- {names[0] if len(names) == 1 else f'{len(names)} rows'}: {', '.join(why)}")
+            rest = f" and {len(names) - 1} more rows" if len(names) > 1 else ""
+            lines.append(f"- {names[0]}{rest}: {', '.join(why)}")
         lines += [""] if left else []
     lines += _stages(record)
     return "\n".join(lines).rstrip()
