@@ -295,7 +295,9 @@ def test_what_binds_a_kernel(model, figures, options, bound):
 
 
 def test_a_kernel_that_is_twice_as_expensive_takes_longer(model):
-    once, twice = (model.predict(line(model), "forward", 4.3e12, costing(instructions_per_32=k)) for k in (150.0, 300.0))
+    once, twice = (
+        model.predict(line(model), "forward", 4.3e12, costing(instructions_per_32=k)) for k in (150.0, 300.0)
+    )
     assert twice["predicted_us"] > 1.9 * once["predicted_us"]
 
 
