@@ -339,6 +339,19 @@ def test_lanes_out_of_a_wider_tensor_need_not_be_aligned(emulated, monkeypatch):
     check_propagate([lanes_of(x, 1), logits, lam, lanes_of(randn(2, 4, 16, 9, 8, seed=7), 2)])
 
 
+def test_gradient_of_lanes_alone(emulated, monkeypatch):
+    """Without gradients that take the states, other kernels serve the call; dy may have any layout."""
+    monkeypatch.setattr(_backend, "is_on_gpu", lambda t: True)
+    inputs = propagate_inputs(1, 16, 9, 8, groups=16, lam=16, u=16)
+    leaves = [lanes_of(t, 1 if i == 0 else 2).requires_grad_() for i, t in enumerate(inputs)]
+    everything = torch.autograd.grad(propagate(*leaves), leaves, randn(1, 16, 9, 8, seed=4))
+    for i in range(4):
+        leaf = leaves[i].detach().requires_grad_()
+        one = [leaf if i == j else t.detach() for j, t in enumerate(leaves)]
+        (gradient,) = torch.autograd.grad(propagate(*one), leaf, randn(1, 16, 9, 8, seed=4))
+        torch.testing.assert_close(gradient, everything[i], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("groups", [1, 16])
 def test_nan_in_lanes_propagates_along_its_cone(emulated, monkeypatch, groups):
     monkeypatch.setattr(_backend, "is_on_gpu", lambda t: True)

@@ -311,10 +311,13 @@ __device__ __forceinline__ void scan_rows(const FusedWarp<C>& warp, int d, int a
       }
     }
     __syncwarp();  // the stage is free for new copies; other lanes have the pixels in a vertical scan
-    if (number == last) break;
-    copy_stage<C>(warp, d, number + (kReversed ? -1 : 1));
+    // One place for both copies: the code is longer than the instruction cache.
+    const bool ends = number == last;
+    const int next = ends ? after : d;
+    if (next >= 0)
+      copy_stage<C>(warp, next, ends ? stage_of<C>(p, make_scan(p, next).reversed, 0) : number + (kReversed ? -1 : 1));
+    if (ends) break;
   }
-  if (after >= 0) copy_stage<C>(warp, after, stage_of<C>(p, make_scan(p, after).reversed, 0));
 }
 
 // Eight blocks of a multiprocessor leave 255 registers per thread: without that bound ptxas spills to fit twelve.

@@ -130,7 +130,8 @@ def _shared_memory(device: int | None) -> int:
     """Return the bytes of shared memory that a block may have; those of an H100 where there is no GPU to ask."""
     if not torch.cuda.is_available():
         return 227 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def has_lanes(x: Tensor, *, backward: bool) -> bool:
@@ -182,10 +183,17 @@ def _in_rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) <= 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def _laid_out(x: Any, weights: Any, lam: Any, u: Any, *others: Any, backward: bool) -> list[Any]:
+def _gradients_are_lanes(
+    x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, wanted: Sequence[bool]
+) -> bool:
+    """Tell whether they serve a backward call: only with a gradient of weights or u, which take the states."""
+    return (wanted[1] or wanted[3]) and _are_lanes(x, weights, lam, u, backward=True)
+
+
+def _laid_out(lanes: bool, x: Any, weights: Any, lam: Any, u: Any, *others: Any) -> list[Any]:
     """Return a call's tensors as its kernels read them, x and `others` of one shape: copies where they must be."""
     tensors = [x, weights, lam, u, *others]
-    if not _are_lanes(x, weights, lam, u, backward=backward):
+    if not lanes:
         return [_in_rows(t) for t in tensors]
     dims = [0 if t is None else _channel_dim(number, t) for number, t in enumerate(tensors)]
     return [_in_lanes(t, dim, x.shape[1]) for t, dim in zip(tensors, dims, strict=True)]
@@ -201,7 +209,7 @@ def empty_gradients(
     x: Tensor, weights: Tensor, lam: Tensor | None, u: Tensor | None, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return tensors for the gradients that are wanted, in the layout that the kernels write."""
-    lanes = _are_lanes(x, weights, lam, u, backward=True)
+    lanes = _gradients_are_lanes(x, weights, lam, u, wanted)
     gradients: list[Tensor | None] = []
     for number, (t, want) in enumerate(zip((x, weights, lam, u), wanted, strict=True)):
         if t is None or not want:
@@ -247,7 +255,8 @@ class Kernels:
     ) -> None:
         """Write y, and the checkpoints unless they are None."""
         if self._on_gpu:
-            x, weights, lam, u = _laid_out(x, weights, lam, u, backward=False)
+            lanes = _are_lanes(x, weights, lam, u, backward=False)
+            x, weights, lam, u = _laid_out(lanes, x, weights, lam, u)
         pointer = 0 if checkpoints is None else checkpoints.data_ptr()
         self._forward(*self._launch, _arg(x), _arg(weights), _arg(lam), _arg(u), _arg(y), pointer)
 
@@ -263,7 +272,8 @@ class Kernels:
     ) -> None:
         """Write the gradients of x, weights, lam and u, those that are not None."""
         if self._on_gpu:
-            x, weights, lam, u, dy = _laid_out(x, weights, lam, u, dy, backward=True)
+            lanes = _gradients_are_lanes(x, weights, lam, u, [gradient is not None for gradient in gradients])
+            x, weights, lam, u, dy = _laid_out(lanes, x, weights, lam, u, dy)
         self._backward(
             *self._launch,
             _arg(dy),
