@@ -45,7 +45,7 @@ def way(request, monkeypatch):
     """With the kernels, or composed of `propagate`, few channels at a time."""
     if request.param == "composed":
         monkeypatch.setattr(_low_rank, "_has_kernels", lambda x: False)
-        monkeypatch.setattr(_low_rank, "_COMPOSED_ELEMENTS", 20 * 7 * 120)
+        monkeypatch.setattr(_low_rank, "_COMPOSED_BYTES", 4 * 20 * 7 * 120)
     return request.param
 
 
@@ -72,7 +72,7 @@ def test_directions(directions, way):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_composed(dtype, monkeypatch):
     monkeypatch.setattr(_low_rank, "_has_kernels", lambda x: False)
-    monkeypatch.setattr(_low_rank, "_COMPOSED_ELEMENTS", 20 * 7 * 120)
+    monkeypatch.setattr(_low_rank, "_COMPOSED_BYTES", 4 * 20 * 7 * 120)
     inputs = low_rank_inputs(2, 20, 3, 7, 9, dtype=dtype)
     if dtype in (torch.float32, torch.float64):
         return check(inputs)
