@@ -87,7 +87,7 @@ def test_a_kernel_made_worse_is_noticed(before, after, fault):
 
 
 def test_a_kernel_without_a_loop_over_tiles():
-    with pytest.raises(ValueError, match="has no loop that reads global memory and shuffles"):
+    with pytest.raises(ValueError, match="has no loop that reads global memory and exchanges states"):
         measured(LOOP.replace("SHFL.UP PT", "MOV"))
 
 
