@@ -244,7 +244,7 @@ SHAPES = (
     *((56, 56, 128, 2), (28, 28, 128, 16), (14, 14, 128, 64), (7, 7, 128, 64), (74, 74, 32, 64), (147, 147, 32, 64)),
     *((16, 16, 32, 1200), (16, 16, 256, 1200), (1024, 512, 2, 160), (2048, 1024, 2, 160), (1024, 1024, 16, 8)),
 )
-LAST = ((56, 56, 64, 96), (28, 28, 64, 192), (14, 14, 64, 384), (7, 7, 64, 768))  # as a hierarchical backbone has them
+BACKBONE = ((56, 56, 64, 96), (28, 28, 64, 192), (14, 14, 64, 384), (7, 7, 64, 768))  # maps of its stages
 # GSPN-2's table of bandwidths on an A100, (H, W, N, C) and GB/s of GSPN-1 and GSPN-2. It names neither direction nor
 # dtype; here they are those of its other benchmark: one direction, float32, weights for every channel.
 GSPN2_TABLE = (
@@ -317,6 +317,12 @@ def make_cases(*, quick: bool) -> list[Case]:
         versus = {which: (f"{launch}, {name}", which) for which in both}
         scan(group, name, shape, dtype, op="line_scan", versus=versus, **options)
         scan(group, f"{launch}, {name}", shape, dtype, op="line_launch", **options)
+    for hwnc in (SHAPES[6], *BACKBONE):
+        name = f"{LABEL.format(*hwnc)} bf16 G=C'=C, channels last"
+        scan("channels last", name, hwnc, BF16, per_channel=True, channels_last=True)
+    for hwnc in (SHAPES[4], (64, 64, 2, 640)):
+        name, options = f"{LABEL.format(*hwnc)} bf16 G=1 C'=C, channels last", {"gates_per_channel": True}
+        scan("channels last", name, hwnc, BF16, channels_last=True, **options)
     for side in (74, 147):
         for (kind, heads), name in ATTENTION.items():
             sizes = {"batch": 32, "tokens": side * side, "channels": 1152, "heads": heads}
@@ -324,13 +330,6 @@ def make_cases(*, quick: bool) -> list[Case]:
                 sizes = {"batch": 2, "tokens": 56, "channels": 2 * 1152 // heads, "heads": 2}
             about = {"name": f"{name} {side}x{side}", "kind": kind, "op": ATTENTION_OPS[kind]}
             cases.append(AttentionCase(group=group, **about, **sizes))
-
-    for hwnc in (SHAPES[6], *LAST):
-        name = f"{LABEL.format(*hwnc)} bf16 G=C'=C, channels last"
-        scan("channels last", name, hwnc, BF16, per_channel=True, channels_last=True)
-    for hwnc in (SHAPES[4], (64, 64, 2, 640)):
-        name, options = f"{LABEL.format(*hwnc)} bf16 G=1 C'=C, channels last", {"gates_per_channel": True}
-        scan("channels last", name, hwnc, BF16, channels_last=True, **options)
 
     for hwnc, first, second in GSPN2_TABLE:
         published = {"GSPN-1": first * 1e9, "GSPN-2": second * 1e9, **SOURCE}

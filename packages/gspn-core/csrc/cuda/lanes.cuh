@@ -94,11 +94,10 @@ struct LaneJob {
   static __device__ __forceinline__ T* base(int plane) {
     return static_cast<T* const volatile*>(planes())[plane];
   }
-  // The thread's first position on a line, in the order of memory.
+  // The thread's position q on a line, in the order of memory, of a field with planes for every channel.
   template <class T>
   __device__ __forceinline__ T* at(int plane, const Field& f, int line, int q = 0) const {
-    return base<T>(plane) +
-           (q * step(f) + line * LaneJob::line(f) + opaque(place) * step(f) + (f.channels == 1 ? 0 : channel));
+    return base<T>(plane) + (q * step(f) + line * LaneJob::line(f) + opaque(place) * step(f) + channel);
   }
   // Elements from a position, a line to the next.
   static __device__ __forceinline__ int step(const Field& f) { return int(kHorizontal ? f.row : f.col); }

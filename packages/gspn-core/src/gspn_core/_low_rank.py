@@ -148,11 +148,8 @@ def _planes(x: Tensor, flat: Tensor, weight: Tensor, bias: Tensor, last: bool) -
     """Return logits, lam and u, which lie in memory as a product of matrices leaves them; `flat` is of `_pixels`."""
     n, _, h, w = x.shape
     count, _, channels = bias.shape
-    matrix, rows, sizes = (
-        _rows(weight, last),
-        _rows(bias, last),
-        [3 * count * channels, count * channels, count * channels],
-    )
+    sizes = [3 * count * channels, count * channels, count * channels]
+    matrix, rows = _rows(weight, last), _rows(bias, last)
     if last:
         logits, lam, u = (t.unflatten(0, (n, h, w)) for t in torch.addmm(rows, flat, matrix.mT).split(sizes, dim=1))
         logits = logits.unflatten(-1, (count, 3, channels)).permute(0, 3, 5, 4, 1, 2)
